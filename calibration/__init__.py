@@ -1,0 +1,1 @@
+"""Calibration: logits in, probabilities that can be bid with out."""

@@ -1,0 +1,1 @@
+"""Jobs: the processes that compose the libraries and own every side effect."""

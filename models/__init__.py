@@ -1,0 +1,1 @@
+"""Models: numbers in, logits out."""

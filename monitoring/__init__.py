@@ -1,0 +1,1 @@
+"""Monitoring: quality, drift, consistency and freshness, as mergeable sums."""

@@ -1,0 +1,1 @@
+"""Events, attribution, features and examples: the data side, free of any model."""
