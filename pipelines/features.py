@@ -1,0 +1,225 @@
+"""Feature extraction: from raw columns to table rows and numbers, in one piece of code for all sides.
+
+The Spark jobs run it through ``mapInArrow``, the worker and the backtest on event blocks, serving on
+requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from pipelines.duration import HOUR_MS
+from pipelines.errors import DataError
+from pipelines.feature_spec import FeatureSpec, Numeric, Sequence
+from pipelines.hashing import hash_column, mix
+
+__all__ = ["Encoded", "as_text", "encode", "encode_rows"]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Encoded features of n impressions.
+
+    Attributes
+    ----------
+    buckets : ndarray of int32, shape (n, columns)
+        Rows of the embedding table; 0 pads short sequences. Columns follow ``spec.column_field``.
+    numbers : ndarray of float32, shape (n, numeric features)
+        Standardised numbers; a null is 0, the mean.
+    user_key : ndarray of int64, shape (n,)
+        Hash of the user, for grouping.
+    segment_key : ndarray of int64, shape (n, segments)
+        Hash of each calibration segment's value.
+    """
+
+    buckets: NDArray[np.int32]
+    numbers: NDArray[np.float32]
+    user_key: NDArray[np.int64]
+    segment_key: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.buckets)
+
+
+def encode(impressions: pa.Table, spec: FeatureSpec, segments: tuple[str, ...] = ()) -> Encoded:
+    """Encode a table of impressions.
+
+    Parameters
+    ----------
+    impressions : pa.Table
+        Contract columns and features. A feature that has no column is null in every row.
+    spec : FeatureSpec
+    segments : tuple of str
+        Columns whose values are calibration segments.
+
+    Raises
+    ------
+    DataError
+        If a numeric feature holds values that are not numbers.
+    """
+    n = impressions.num_rows
+    hashes: dict[str, NDArray[np.uint64]] = {}
+
+    def hashed(name: str) -> NDArray[np.uint64]:
+        if name not in hashes:
+            hashes[name] = _hash_feature(impressions, name, spec.hash_seed)
+        return hashes[name]
+
+    columns: list[NDArray[np.int32]] = []
+    numbers: list[NDArray[np.float32]] = []
+    offset = dict(zip(spec.field_names, spec.offsets, strict=True))
+    for part in spec.categorical:
+        if not part.wide_only:
+            columns.append(_bucket(hashed(part.name), offset[part.name], part.buckets))
+    for number in spec.numeric:
+        value = _numeric_column(impressions, number.name)
+        if number.boundaries:
+            columns.append(_cut(value, number, offset[number.name]))
+        numbers.append(_standardise(value, number))
+    if spec.hour is not None:
+        hour = (_column(impressions, "event_time").to_numpy() // HOUR_MS) % 24
+        columns.append((offset[spec.hour.name] + 1 + hour).astype(np.int32))
+    for cross in spec.cross:
+        columns.append(_bucket(_cross(hashed, cross.of), offset[cross.name], cross.buckets))
+    for sequence in spec.sequence:
+        columns.extend(_sequence_columns(impressions, sequence, offset[sequence.name], spec.hash_seed))
+    for part in spec.categorical:
+        if part.wide_only:
+            columns.append(_bucket(hashed(part.name), offset[part.name], part.buckets))
+    return Encoded(
+        buckets=np.stack(columns, axis=1) if columns else np.zeros((n, 0), np.int32),
+        numbers=np.stack(numbers, axis=1) if numbers else np.zeros((n, 0), np.float32),
+        user_key=hashed("user_id").view(np.int64),
+        segment_key=np.stack([hashed(name).view(np.int64) for name in segments], axis=1)
+        if segments
+        else np.zeros((n, 0), np.int64),
+    )
+
+
+def encode_rows(rows: list[Mapping[str, Any]], spec: FeatureSpec, segments: tuple[str, ...] = ()) -> Encoded:
+    """Encode impressions given as mappings (``user_id, item_id, event_time, position, features``)."""
+    table: dict[str, list[Any]] = {
+        name: [row.get(name) for row in rows] for name in ("user_id", "item_id", "position")
+    }
+    table["event_time"] = [row.get("event_time") or 0 for row in rows]
+    bags = [row.get("features") or {} for row in rows]
+    for name in sorted({name for bag in bags for name in bag}):
+        table[name] = [bag.get(name) for bag in bags]
+    return encode(pa.table({name: as_column(values) for name, values in table.items()}), spec, segments)
+
+
+def as_column(values: list[Any]) -> pa.Array:
+    """An Arrow column of JSON values; a mixture of strings and numbers becomes strings."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return pa.array([as_text(value) for value in values])
+
+
+def as_text(value: Any) -> str | None:
+    """The text that is hashed for a value: whole numbers are written without a fraction.
+
+    Examples
+    --------
+    >>> as_text(3.0), as_text(3), as_text("3"), as_text(None)
+    ('3', '3', '3', None)
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    return str(value)
+
+
+def _column(table: pa.Table, name: str) -> pa.Array:
+    column = table.column(name)
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _text_column(column: pa.Array) -> pa.Array:
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column
+    if pa.types.is_null(column.type):
+        return column.cast(pa.string())
+    if pa.types.is_integer(column.type):
+        return pc.cast(column, pa.string())
+    return pa.array([as_text(value) for value in column.to_pylist()], pa.string())
+
+
+def _hash_feature(table: pa.Table, name: str, seed: int) -> NDArray[np.uint64]:
+    if name not in table.column_names:
+        return np.zeros(table.num_rows, np.uint64)
+    return hash_column(_text_column(_column(table, name)), seed)
+
+
+def _bucket(hashes: NDArray[np.uint64], offset: int, buckets: int) -> NDArray[np.int32]:
+    # A null hashes to 0 and owns the field's first row; values share the rest.
+    inside = np.where(hashes == 0, np.uint64(0), hashes % np.uint64(buckets - 1) + np.uint64(1))
+    return (inside.astype(np.int64) + offset).astype(np.int32)
+
+
+def _cross(hashed: Any, of: tuple[str, str]) -> NDArray[np.uint64]:
+    left, right = hashed(of[0]), hashed(of[1])
+    return np.where((left == 0) | (right == 0), np.uint64(0), mix(left, right))
+
+
+def _numeric_column(table: pa.Table, name: str) -> NDArray[np.float64]:
+    if name not in table.column_names:
+        return np.full(table.num_rows, np.nan)
+    column = _column(table, name)
+    try:
+        return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"feature {name} is numeric in the feature spec. Received a column of type {column.type}: {error}.",
+            hint="make it categorical in the spec, or mend the producer",
+        ) from error
+
+
+def _transform(value: NDArray[np.float64], part: Numeric) -> NDArray[np.float64]:
+    clipped = np.clip(value, part.low, part.high)
+    return np.log1p(clipped - part.low) if part.transform == "log1p" else clipped
+
+
+def _standardise(value: NDArray[np.float64], part: Numeric) -> NDArray[np.float32]:
+    standard = (_transform(value, part) - part.mean) / part.std
+    return np.nan_to_num(standard, nan=0.0).astype(np.float32)
+
+
+def _cut(value: NDArray[np.float64], part: Numeric, offset: int) -> NDArray[np.int32]:
+    inside = np.searchsorted(np.asarray(part.boundaries), value, side="right") + 1
+    return (np.where(np.isnan(value), 0, inside) + offset).astype(np.int32)
+
+
+def _sequence_columns(table: pa.Table, part: Sequence, offset: int, seed: int) -> list[NDArray[np.int32]]:
+    n = table.num_rows
+    matrix = np.zeros((n, part.max_length), np.int32)
+    if part.name in table.column_names:
+        column = _column(table, part.name)
+        if not (
+            pa.types.is_null(column.type)
+            or pa.types.is_list(column.type)
+            or pa.types.is_large_list(column.type)
+        ):
+            raise DataError(
+                f"feature {part.name} is a sequence in the feature spec. "
+                f"Received a column of type {column.type}.",
+                hint="send a list of strings, or mend the spec",
+            )
+        if not pa.types.is_null(column.type):
+            lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+            flat = _bucket(hash_column(_text_column(column.flatten()), seed), offset, part.buckets)
+            row = np.repeat(np.arange(n), lengths)
+            place = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            kept = place < part.max_length
+            matrix[row[kept], place[kept]] = flat[kept]
+    return list(matrix.T)
