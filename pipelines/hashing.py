@@ -20,7 +20,7 @@ _MASK = (1 << 64) - 1
 
 def hash_text(text: str, seed: int = HASH_SEED) -> int:
     """Unsigned 64-bit XXH64 of the UTF-8 bytes of ``text``."""
-    return xxhash.xxh64_intdigest(text, seed)
+    return xxhash.xxh64_intdigest(text.encode(), seed)
 
 
 def hash_column(column: pa.Array | pa.ChunkedArray, seed: int = HASH_SEED) -> NDArray[np.uint64]:
@@ -38,7 +38,7 @@ def hash_column(column: pa.Array | pa.ChunkedArray, seed: int = HASH_SEED) -> ND
     encoded = pc.dictionary_encode(column)
     digest = xxhash.xxh64_intdigest
     values = np.fromiter(
-        (0 if text is None else digest(text, seed) for text in encoded.dictionary.to_pylist()),
+        (0 if text is None else digest(text, seed) for text in _as_binary(encoded.dictionary).to_pylist()),
         np.uint64,
         len(encoded.dictionary),
     )
@@ -47,6 +47,10 @@ def hash_column(column: pa.Array | pa.ChunkedArray, seed: int = HASH_SEED) -> ND
         return values[codes.to_numpy(zero_copy_only=False)]
     filled = np.append(values, np.uint64(0))
     return filled[codes.fill_null(len(values)).to_numpy(zero_copy_only=False)]
+
+
+def _as_binary(strings: pa.Array) -> pa.Array:
+    return strings.cast(pa.large_binary() if pa.types.is_large_string(strings.type) else pa.binary())
 
 
 def mix(left: NDArray[np.uint64], right: NDArray[np.uint64]) -> NDArray[np.uint64]:
