@@ -48,7 +48,7 @@ class AttributionConfig(_Section):
     click_window: Duration = 30 * 60_000
     attribution_window: Duration = 7 * 86_400_000
     observation_window: Duration = 15 * 60_000
-    allowed_lateness: Duration = 60 * 60_000
+    allowed_lateness: Duration = 5 * 60_000
 
     @model_validator(mode="after")
     def _windows_nest(self) -> AttributionConfig:
