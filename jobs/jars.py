@@ -151,7 +151,7 @@ def _fetch(name: str, jars: Sequence[Jar], root: Path, target: Path) -> None:
 
 
 def _ivy_descriptor(jars: Sequence[Jar]) -> str:
-    """Ivy's project file. Every jar is named, none is looked up through another: the lock is the whole truth."""
+    """Ivy's project file. Every jar is named and none looked up through another: the lock decides."""
     lines = [
         f'<dependency org="{jar.organisation}" name="{jar.module}" rev="{jar.revision}"'
         ' transitive="false" conf="default->master"/>'

@@ -16,7 +16,11 @@ from pipelines.errors import SetupError
 
 # organisation, module, revision
 WANTED: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "kafka": (("org.apache.kafka", "kafka_2.13", "4.3.1"),),
+    "kafka": (
+        ("org.apache.kafka", "kafka_2.13", "4.3.1"),
+        # Kafka's own list leaves the logging backend open; without one a broker that fails says nothing.
+        ("org.apache.logging.log4j", "log4j-slf4j-impl", "2.25.4"),
+    ),
     # 4.0.0 is the newest connector that runs on pyspark 4.0 and is published whole.
     "spark-kafka": (("org.apache.spark", "spark-sql-kafka-0-10_2.13", "4.0.0"),),
 }

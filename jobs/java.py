@@ -60,7 +60,7 @@ def find_java() -> Path:
     return _checked_java(os.environ.get("JAVA_HOME"), os.environ.get("PATH"))
 
 
-@cache  # asking costs about 0.1 s; the environment is the key, so that a test that changes it is answered anew
+@cache  # asking costs 0.1 s; the environment is the key, so that a change of it is answered anew
 def _checked_java(java_home: str | None, path: str | None) -> Path:
     if java_home:
         java = Path(java_home) / "bin" / "java"
