@@ -11,7 +11,7 @@ by then counts, if it *happened* within ``[t, t + w]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -63,13 +63,14 @@ class _Window:
     outcomes: tuple[tuple[int, int, bool], ...]
 
     def label(self, at: int) -> int:
-        """1 if, of the outcomes known by ``at``, the last in event time asserts."""
-        known = [outcome for outcome in self.outcomes if outcome[0] <= at]
-        if not known:
-            return 0
-        last = max(event_time for _, event_time, _ in known)
-        # Of several at one instant a retraction wins, whatever the order of arrival.
-        return int(all(positive for _, event_time, positive in known if event_time == last))
+        """Label from what is known by ``at``."""
+        return _label([outcome for outcome in self.outcomes if outcome[0] <= at])
+
+
+def _label(outcomes: Sequence[tuple[int, int, bool]]) -> int:
+    """1 if, of the outcomes, the last in event time asserts; of several at one instant a retraction wins."""
+    last = max((event_time for _, event_time, _ in outcomes), default=None)
+    return int(last is not None and all(positive for _, time, positive in outcomes if time == last))
 
 
 def rows(
@@ -120,8 +121,8 @@ def _stream_rows(window: _Window, attribution: AttributionConfig, policy: str) -
     else:
         due = window.known - 1
         yield _row(window, "first", 0, window.known, window.known - window.opened, False)
-    for known, _, _ in window.outcomes:
-        if known > due and window.label(known):
+    for n, (known, _, _) in enumerate(window.outcomes):
+        if known > due and _label(window.outcomes[: n + 1]):
             yield _row(window, "delayed_positive", 1, known, known - window.opened, False)
             return
 
@@ -132,7 +133,10 @@ def _row(window: _Window, kind: str, label: int, known_at: int, elapsed: int, ma
 
 def _windows(events: Iterable[Event], as_of: int, attribution: AttributionConfig) -> Iterator[_Window]:
     known = sorted(
-        {event.event_id: event for event in sorted(events, key=_arrival, reverse=True)}.values(), key=_arrival
+        {
+            (event.kind, event.event_id): event for event in sorted(events, key=_arrival, reverse=True)
+        }.values(),
+        key=_arrival,
     )
     known = [event for event in known if event.arrival_time <= as_of]
     for impression in known:

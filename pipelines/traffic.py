@@ -1,0 +1,62 @@
+"""How much traffic there is now: an exponentially weighted rate of arrivals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["TrafficRate"]
+
+# Short enough to follow the daily cycle, long enough that a minute's noise does not reach the weights.
+_HORIZON_MS = 30 * 60_000
+
+
+@dataclass
+class TrafficRate:
+    """Arrivals per millisecond, averaged with a horizon of half an hour.
+
+    The average is divided by the weight that it has gathered, so that it is right from the first update
+    on and not pulled towards zero.
+
+    Examples
+    --------
+    >>> rate = TrafficRate()
+    >>> for minute in range(60):
+    ...     rate.update(120, 60_000 * (minute + 1))
+    >>> round(rate.rate * 1000, 2)
+    2.0
+    """
+
+    total: float = 0.0
+    weight: float = 0.0
+    clock: int = -1
+
+    def update(self, n: int, clock: int) -> None:
+        """Count ``n`` arrivals in the time since the last update; ``clock`` in ms never goes back."""
+        if self.clock < 0:
+            # There is no time before the first update over which its arrivals could be spread.
+            self.clock = clock
+            return
+        elapsed = max(0, clock - self.clock)
+        decay = math.exp(-elapsed / _HORIZON_MS)
+        self.total = self.total * decay + n
+        self.weight = self.weight * decay + _HORIZON_MS * (1.0 - decay)
+        self.clock = max(self.clock, clock)
+
+    @property
+    def rate(self) -> float:
+        return self.total / self.weight if self.weight > 0 else 0.0
+
+    def rate_at(self, clock: int) -> float:
+        """The rate at ``clock`` if nothing arrived since the last update."""
+        if self.clock < 0 or self.weight <= 0:
+            return 0.0
+        decay = math.exp(-max(0, clock - self.clock) / _HORIZON_MS)
+        return self.total * decay / (self.weight * decay + _HORIZON_MS * (1.0 - decay))
+
+    def state(self) -> list[float]:
+        return [self.total, self.weight, float(self.clock)]
+
+    @classmethod
+    def from_state(cls, state: list[float]) -> TrafficRate:
+        return cls(state[0], state[1], int(state[2]))
