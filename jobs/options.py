@@ -85,13 +85,15 @@ def config_options(function: Callable[..., R]) -> Callable[..., R]:
     return with_config
 
 
-def writable_folder(path: Path) -> Path:
+def writable_folder(path: Path, *, option: str = "--out") -> Path:
     """Create an output folder and check that files can be made in it.
 
     Parameters
     ----------
     path : Path
         The folder; missing parents are created.
+    option : str
+        The option to name in the remedy.
 
     Returns
     -------
@@ -103,7 +105,7 @@ def writable_folder(path: Path) -> Path:
     SetupError
         If the folder cannot be created or written to.
     """
-    hint = "choose another folder with --out, or change its owner or permissions"
+    hint = f"choose another folder with {option}, or change its owner or permissions"
     try:
         path.mkdir(parents=True, exist_ok=True)
         # os.access answers for root what the permission bits say nothing about (read-only mounts), but not
@@ -112,7 +114,7 @@ def writable_folder(path: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise SetupError(f"the output folder {path} is not writable: {error.strerror}.", hint=hint) from error
+        raise SetupError(f"the folder {path} is not writable: {error.strerror}.", hint=hint) from error
     return path
 
 

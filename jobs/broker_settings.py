@@ -1,0 +1,105 @@
+"""What the development broker is told: ``server.properties``, its log configuration, its ports."""
+
+from __future__ import annotations
+
+import base64
+import socket
+import uuid
+from pathlib import Path
+
+from pipelines.errors import SetupError
+
+HOST = "127.0.0.1"
+
+# Why each line that departs from Kafka's defaults is there:
+#   * replication factors and in-sync replicas of 1: there is one broker;
+#   * few partitions for the internal topics: the default of 50 each makes the first consumer group wait;
+#   * no automatic topics: a misspelt name must be an error, not an empty topic;
+#   * retention -1 and no upper bound on timestamps: messages carry event time, which in a replayed or
+#     simulated log can lie years back or ahead;
+#   * a small cleaner buffer: the default of 128 MB is a quarter of the heap;
+#   * a shorter session: after a crash the broker cannot register again before its old session has ended.
+_SERVER_PROPERTIES = """\
+process.roles=broker,controller
+node.id=1
+controller.quorum.voters=1@{host}:{controller_port}
+listeners=PLAINTEXT://{host}:{port},CONTROLLER://{host}:{controller_port}
+advertised.listeners=PLAINTEXT://{host}:{port}
+listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
+controller.listener.names=CONTROLLER
+inter.broker.listener.name=PLAINTEXT
+log.dirs={log_dir}
+offsets.topic.replication.factor=1
+offsets.topic.num.partitions=4
+transaction.state.log.replication.factor=1
+transaction.state.log.num.partitions=4
+transaction.state.log.min.isr=1
+share.coordinator.state.topic.replication.factor=1
+share.coordinator.state.topic.num.partitions=1
+share.coordinator.state.topic.min.isr=1
+group.initial.rebalance.delay.ms=0
+auto.create.topics.enable=false
+log.retention.ms=-1
+log.message.timestamp.after.max.ms=9223372036854775807
+log.cleaner.dedupe.buffer.size=16777216
+broker.session.timeout.ms=5000
+broker.heartbeat.interval.ms=1000
+"""
+
+# Kafka's standard output goes to kafka.log as well, so that one file holds all it says.
+LOG4J_PROPERTIES = """\
+status=error
+appender.out.type=Console
+appender.out.name=out
+appender.out.layout.type=PatternLayout
+appender.out.layout.pattern=[%d{ISO8601}] %p %m (%c)%n
+rootLogger.level=warn
+rootLogger.appenderRef.out.ref=out
+"""
+
+
+def server_properties(*, port: int, controller_port: int, log_dir: Path) -> str:
+    """Write out ``server.properties`` for a combined broker and controller on the loopback address."""
+    return _SERVER_PROPERTIES.format(host=HOST, port=port, controller_port=controller_port, log_dir=log_dir)
+
+
+def new_cluster_id() -> str:
+    """A random cluster id as Kafka writes it: 16 bytes in URL-safe base64, not starting with a dash."""
+    while True:
+        text = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        if not text.startswith("-"):  # it would be read as an option
+            return text
+
+
+def free_port() -> int:
+    """A TCP port on the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def check_port_is_free(port: int) -> None:
+    """Check that a server can listen on a loopback port.
+
+    Raises
+    ------
+    SetupError
+        If another process listens there, or the port may not be used.
+    """
+    with socket.socket() as probe:
+        # As Java does: ports that only wait for a closed connection's last packets count as free.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise SetupError(
+                f"expected a free port. Port {port} on {HOST} cannot be used: {error.strerror}.",
+                hint="end the process that listens there, or choose another port with --port (0: a free one)",
+            ) from error
+
+
+def is_listening(port: int) -> bool:
+    """Whether somebody accepts connections on a loopback port."""
+    with socket.socket() as probe:
+        probe.settimeout(1.0)
+        return probe.connect_ex((HOST, port)) == 0

@@ -1,0 +1,20 @@
+"""Real components that are started once for a whole test session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from jobs.broker import Broker
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """A running Kafka; use topic names of your own, since all tests share it."""
+    from jobs.broker import Broker
+
+    with Broker(tmp_path_factory.mktemp("broker")).start() as running:
+        yield running
