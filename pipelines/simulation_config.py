@@ -33,7 +33,7 @@ class SimulationConfig:
         Length of the log. Nothing that becomes known after ``start + days`` is written, so that the
         youngest labels are censored, as in life.
     seed : int
-        The same config gives the same files, byte for byte.
+        The same config gives the same files, byte for byte (with the same versions of numpy and Arrow).
     start : int
         First moment of the log, ms since the epoch.
     faults : float
@@ -109,6 +109,7 @@ class SimulationConfig:
 
     def _check_types(self) -> None:
         for field in dataclasses.fields(self):
+            # Annotations are kept as text (see the __future__ import), hence the quotes.
             value = getattr(self, field.name)
             whole = isinstance(value, int) and not isinstance(value, bool)
             if field.type == "int" and not whole:

@@ -68,7 +68,8 @@ class DelayMixture:
         component = np.sum(rng.random(n)[:, None] >= edges, axis=1)
         scale = np.asarray(self.median_ms)[component]
         spread = np.asarray(self.sigma)[component]
-        return (self.offset_ms + np.ceil(scale * np.exp(spread * rng.standard_normal(n)))).astype(np.int64)
+        delay = self.offset_ms + np.ceil(scale * np.exp(spread * rng.standard_normal(n)))
+        return np.asarray(delay, np.int64)
 
     def stretched(self, factor: float) -> DelayMixture:
         """The same mixture with every median multiplied by ``factor``."""

@@ -101,7 +101,10 @@ class Items:
 
 @dataclass(frozen=True)
 class Context:
-    """Effects of the context, log-odds: ``(devices, placements)``, ``(devices,)``, ``(tags,)``, ``(categories,)``."""
+    """Effects of the context, log-odds.
+
+    Shapes: ``(devices, placements)``, ``(devices,)``, ``(tags,)`` and ``(categories,)``.
+    """
 
     device_placement: Floats
     device_conversion: Floats
@@ -142,24 +145,33 @@ def build_world(config: SimulationConfig, rng: np.random.Generator) -> World:
 
 def _draw_users(count: int, rng: np.random.Generator) -> Users:
     segment = rng.integers(len(SEGMENTS), size=count)
+    age_group = rng.integers(len(AGE_GROUPS), size=count)
+    region = rng.choice(len(REGIONS), size=count, p=_falling_shares(len(REGIONS), 0.7))
     centroid = rng.standard_normal((len(SEGMENTS), LATENT_DIM))
     return Users(
         # Pareto: a few users see a large part of the traffic; capped, so that none sees most of it.
         activity=np.minimum(1 + rng.pareto(1.3, count), 200.0),
         segment=segment,
-        age_group=rng.integers(len(AGE_GROUPS), size=count),
-        region=rng.choice(len(REGIONS), size=count, p=_falling_shares(len(REGIONS), 0.7)),
+        age_group=age_group,
+        region=region,
         device=rng.choice(len(DEVICES), size=count, p=[0.33, 0.57, 0.10]),
         # Mostly the segment's taste, so that segment x category can be learnt from few rows.
-        latent=0.8 * centroid[segment] + 0.6 * rng.standard_normal((count, LATENT_DIM)),
-        click_bias=0.3 * rng.standard_normal(count),
-        conversion_bias=0.3 * rng.standard_normal(count),
+        latent=0.9 * centroid[segment] + 0.45 * rng.standard_normal((count, LATENT_DIM)),
+        click_bias=_user_bias(age_group, region, rng),
+        conversion_bias=_user_bias(age_group, region, rng),
     )
+
+
+def _user_bias(age_group: Ints, region: Ints, rng: np.random.Generator) -> Floats:
+    """Log-odds of each user: partly the attributes', partly the user's own."""
+    by_age = 0.2 * rng.standard_normal(len(AGE_GROUPS))
+    by_region = 0.1 * rng.standard_normal(len(REGIONS))
+    return np.asarray(by_age[age_group] + by_region[region] + 0.2 * rng.standard_normal(len(age_group)))
 
 
 def _draw_advertisers(count: int, rng: np.random.Generator) -> Advertisers:
     return Advertisers(
-        conversion_bias=0.4 * rng.standard_normal(count),
+        conversion_bias=0.45 * rng.standard_normal(count),
         delay_weights=rng.dirichlet(12 * MEAN_CONVERSION_WEIGHTS, size=count),
     )
 
@@ -205,9 +217,9 @@ def _draw_items(
         popularity=1 + np.minimum(rng.pareto(1.5, count), 30.0),
         price=np.maximum(np.round(np.exp(np.log(30.0) + 0.8 * rng.standard_normal(count)), 2), 0.5),
         tags=_draw_tags(category, rng),
-        latent=0.8 * category_latent[category] + 0.6 * rng.standard_normal((count, LATENT_DIM)),
+        latent=0.85 * category_latent[category] + 0.5 * rng.standard_normal((count, LATENT_DIM)),
         click_quality=0.4 * rng.standard_normal(count),
-        conversion_quality=0.2 * rng.standard_normal(count),
+        conversion_quality=0.15 * rng.standard_normal(count),
     )
 
 
