@@ -1,96 +1,28 @@
-"""A real single-node Apache Kafka (KRaft) for development and tests, without a container.
-
-A data folder holds one broker: its logs, its ports, and the process that serves it. The process is
-recognised by its id *and* its start time, so a process id that was given to another program after a crash is
-never taken for the broker.
-"""
+"""A real single-node Apache Kafka (KRaft) for development and tests, without a container."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import logging
 import os
+import re
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
-import psutil
-
-from jobs import broker_guard, jars
-from jobs.broker_settings import (
-    HOST,
-    LOG4J_PROPERTIES,
-    check_port_is_free,
-    free_port,
-    is_listening,
-    new_cluster_id,
-    server_properties,
-)
+from jobs import jars
+from jobs.broker_settings import HOST, LOG4J_PROPERTIES, new_cluster_id, server_properties
+from jobs.child_process import Server, check_port, free_port, starting
 from jobs.java import find_java
 from jobs.options import writable_folder
 from jobs.topics import answers, ensure_topics
 from pipelines.errors import SetupError
 
-__all__ = ["Broker", "BrokerRecord", "ensure_topics"]
+__all__ = ["Broker", "ensure_topics"]
 
+_NAME = "kafka"
 _HEAP = "512m"
 _READY_TIMEOUT_S = 90.0  # about 3 s on an idle machine; a machine busy with tests takes several times that
-_STOP_GRACE_S = 20.0
-_KILL_GRACE_S = 10.0
-_POLL_S = 0.05
-_START_TOLERANCE_S = 2.0  # start times derive from the boot time, which clock corrections move a little
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class BrokerRecord:
-    """Content of ``broker.json``: the ports, and the process that serves them, if any.
-
-    ``started`` is the process's start time in seconds since the epoch, as psutil gives it.
-    """
-
-    port: int
-    controller_port: int
-    pid: int | None = None
-    started: float | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> BrokerRecord | None:
-        """Read the record; None where there is none or it was cut short."""
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return None
-        except (ValueError, TypeError):
-            logger.warning("ignoring %s: it is not a broker record", path)
-            return None
-
-    def write(self, path: Path) -> None:
-        """Write the record atomically."""
-        staged = path.with_suffix(".tmp")
-        staged.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        staged.replace(path)
-
-    def process(self) -> psutil.Process | None:
-        """The live process that the record speaks of; None where it has gone or its id is another's now."""
-        if self.pid is None or self.started is None:
-            return None
-        try:
-            process = psutil.Process(self.pid)
-            if process.status() == psutil.STATUS_ZOMBIE:
-                return None
-            is_same = abs(process.create_time() - self.started) < _START_TOLERANCE_S
-        except psutil.NoSuchProcess:
-            return None
-        return process if is_same else None
+_STOP_GRACE_S = 20.0  # a clean stop takes about two seconds
 
 
 class Broker:
@@ -99,7 +31,7 @@ class Broker:
     Parameters
     ----------
     data_dir : Path
-        Folder for its logs and state; created when missing.
+        Folder for its data, settings and log (``kafka.log``); created when missing.
 
     Notes
     -----
@@ -117,32 +49,31 @@ class Broker:
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = data_dir.resolve()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._started: Server | None = None
 
     @property
     def log_file(self) -> Path:
         """Everything that Kafka prints."""
-        return self.data_dir / "kafka.log"
+        return self.data_dir / f"{_NAME}.log"
 
     @property
     def bootstrap_servers(self) -> str:
-        """Address for clients, ``host:port``.
+        """Address for clients, ``host:port``, whether or not the broker is up.
 
         Raises
         ------
         SetupError
             If no broker was ever started on this folder.
         """
-        record = self._record()
-        if record is None:
+        port = self._last_port()
+        if port is None:
             raise SetupError(f"no broker was started in {self.data_dir}.", hint="run `ctrstream broker up`")
-        return f"{HOST}:{record.port}"
+        return f"{HOST}:{port}"
 
     def pid(self) -> int | None:
-        """Process id of the running broker; None where it is down."""
-        record = self._record()
-        process = None if record is None else record.process()
-        return None if process is None else process.pid
+        """Leader of the broker's process group; None where the broker is down."""
+        server = self._server()
+        return None if server is None else server.record.pid
 
     def start(self, port: int | None = None, *, detach: bool = False) -> Broker:
         """Start Kafka and return once it has answered a metadata request.
@@ -162,32 +93,47 @@ class Broker:
             the jars are missing, or Kafka ends or stays silent while starting.
         """
         writable_folder(self.data_dir, option="--data")
-        with self._exclusive():
+        with starting(self.data_dir, _NAME):
             pid = self.pid()
             if pid is not None:
                 raise SetupError(
                     f"a broker (process {pid}) already serves {self.data_dir} at {self.bootstrap_servers}.",
                     hint=f"use it, or end it with `ctrstream broker down --data {self.data_dir}`",
                 )
-            record = self._choose_ports(port)
-            java, classpath = find_java(), f"{jars.resolve('kafka')}/*"
-            properties = self._configure(record)
-            self._format([str(java), "-cp", classpath], properties)
-            self._launch([str(java), "-cp", classpath], properties, record, detach=detach)
+            port = self._choose_port(port)
+            java = [str(find_java()), "-cp", f"{jars.resolve('kafka')}/*"]
+            properties = self._configure(port)
+            self._format(java, properties)
+            log4j = f"-Dlog4j2.configurationFile={(self.data_dir / 'log4j2.properties').as_uri()}"
+            server = Server.start(
+                _NAME,
+                [*java, f"-Xmx{_HEAP}", log4j, "kafka.Kafka", str(properties)],
+                folder=self.data_dir,
+                port=port,
+                tied=not detach,
+            )
         try:
-            self._wait_until_ready(record.port)
-        except BaseException:
-            self.kill()
+            server.wait_ready(lambda: answers(f"{HOST}:{port}"), _READY_TIMEOUT_S)
+        except KeyboardInterrupt:  # a detached broker would stay behind
+            server.stop(_STOP_GRACE_S)
             raise
+        self._started = server
         return self
 
     def stop(self) -> None:
         """End the broker cleanly (SIGTERM), by force after a grace period; nothing happens if it is down."""
-        self._end(signal.SIGTERM, _STOP_GRACE_S)
+        server = self._server()
+        if server is not None:
+            server.stop(_STOP_GRACE_S)
+        self._started = None
 
     def kill(self) -> None:
-        """End the broker as a crash would (SIGKILL)."""
-        self._end(signal.SIGKILL, _KILL_GRACE_S)
+        """End the broker as a crash would (SIGKILL); nothing happens if it is down."""
+        server = self._server()
+        if server is not None:
+            os.killpg(server.record.pid, signal.SIGKILL)
+            server.stop(_STOP_GRACE_S)
+        self._started = None
 
     def __enter__(self) -> Broker:
         return self
@@ -200,39 +146,44 @@ class Broker:
     ) -> None:
         self.stop()
 
-    def _record(self) -> BrokerRecord | None:
-        return BrokerRecord.read(self.data_dir / "broker.json")
+    def _server(self) -> Server | None:
+        """The running server, ours or one that another process started on this folder."""
+        if self._started is not None and self._started.is_running():
+            return self._started
+        return Server.find(self.data_dir, _NAME)
 
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """Let one process at a time start a broker here; the kernel drops the lock with its holder."""
-        with (self.data_dir / "broker.lock").open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+    @property
+    def _properties_path(self) -> Path:
+        return self.data_dir / "server.properties"
 
-    def _choose_ports(self, port: int | None) -> BrokerRecord:
-        last = self._record()
-        if last is not None and last.pid is not None:
-            logger.info("the broker of process %d has gone without a stop; recovering its data", last.pid)
-        if port is None and last is not None:
-            port = last.port
-        if port:
-            check_port_is_free(port)
-        else:
-            port = free_port()
-        controller_port = free_port()
+    def _last_port(self) -> int | None:
+        """The port in the settings of the last start: clients must find the broker again after a crash."""
+        try:
+            text = self._properties_path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        match = re.search(r"^advertised\.listeners=.*:(\d+)$", text, flags=re.MULTILINE)
+        return int(match.group(1)) if match else None
+
+    def _choose_port(self, port: int | None) -> int:
+        port = self._last_port() if port is None else port
+        if not port:
+            return free_port(HOST)
+        check_port(port, HOST)
+        return port
+
+    def _configure(self, port: int) -> Path:
+        controller_port = free_port(HOST)
         while controller_port == port:
-            controller_port = free_port()
-        return BrokerRecord(port, controller_port)
-
-    def _configure(self, record: BrokerRecord) -> Path:
-        path = self.data_dir / "server.properties"
+            controller_port = free_port(HOST)
         text = server_properties(
-            port=record.port, controller_port=record.controller_port, log_dir=self.data_dir / "kafka"
+            port=port, controller_port=controller_port, log_dir=self.data_dir / "kafka-data"
         )
-        path.write_text(text, encoding="utf-8")
+        staged = self._properties_path.with_suffix(".tmp")
+        staged.write_text(text, encoding="utf-8")
+        staged.replace(self._properties_path)
         (self.data_dir / "log4j2.properties").write_text(LOG4J_PROPERTIES, encoding="utf-8")
-        return path
+        return self._properties_path
 
     def _format(self, java: list[str], properties: Path) -> None:
         """Prepare an empty data folder, once; the mark is made last, so an interrupted run is repeated."""
@@ -248,64 +199,3 @@ class Broker:
                 hint="choose an empty folder with --data",
             )
         mark.touch()
-
-    def _launch(self, java: list[str], properties: Path, record: BrokerRecord, *, detach: bool) -> None:
-        log4j = f"-Dlog4j2.configurationFile={(self.data_dir / 'log4j2.properties').as_uri()}"
-        command = [*java, f"-Xmx{_HEAP}", log4j, "kafka.Kafka", str(properties)]
-        if not detach:
-            guard = [sys.executable, "-P", broker_guard.__file__, str(os.getpid())]
-            command = [*guard, *command]
-        with self.log_file.open("ab") as log:
-            # A session of its own: Ctrl-C in the terminal must reach us, who then stop the broker cleanly.
-            self._child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        started = psutil.Process(self._child.pid).create_time()
-        replace(record, pid=self._child.pid, started=started).write(self.data_dir / "broker.json")
-
-    def _wait_until_ready(self, port: int) -> None:
-        deadline = time.monotonic() + _READY_TIMEOUT_S
-        while not (is_listening(port) and answers(f"{HOST}:{port}")):
-            status = None if self._child is None else self._child.poll()
-            if status is not None:
-                raise SetupError(
-                    f"Kafka ended with status {status} while starting. Its last words: {self._last_words()}",
-                    hint=f"see {self.log_file}",
-                )
-            if time.monotonic() > deadline:
-                raise SetupError(
-                    f"expected Kafka to answer on port {port} within {_READY_TIMEOUT_S:.0f} s. It did not.",
-                    hint=f"see {self.log_file}",
-                )
-            time.sleep(_POLL_S)
-
-    def _last_words(self) -> str:
-        lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        errors = [line for line in lines if "ERROR" in line or "Exception" in line]
-        return (errors or lines or ["nothing"])[-1]
-
-    def _end(self, how: signal.Signals, grace_s: float) -> None:
-        record = self._record()
-        if record is None:
-            return
-        process = record.process()
-        if process is not None:
-            process.send_signal(how)
-            if not self._has_ended(process, grace_s):
-                logger.warning("process %d did not end within %.0f s; killing it", process.pid, grace_s)
-                process.kill()
-                self._has_ended(process, _KILL_GRACE_S)
-        if self._child is not None:
-            self._child.wait(_KILL_GRACE_S)  # reap it
-            self._child = None
-        BrokerRecord(record.port, record.controller_port).write(self.data_dir / "broker.json")
-
-    def _has_ended(self, process: psutil.Process, grace_s: float) -> bool:
-        try:
-            if self._child is not None:
-                self._child.wait(grace_s)
-            else:
-                process.wait(grace_s)
-        except (subprocess.TimeoutExpired, psutil.TimeoutExpired):
-            return False
-        return True

@@ -1,13 +1,10 @@
-"""What the development broker is told: ``server.properties``, its log configuration, its ports."""
+"""What the development broker is told: ``server.properties`` and its log configuration."""
 
 from __future__ import annotations
 
 import base64
-import socket
 import uuid
 from pathlib import Path
-
-from pipelines.errors import SetupError
 
 HOST = "127.0.0.1"
 
@@ -69,37 +66,3 @@ def new_cluster_id() -> str:
         text = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         if not text.startswith("-"):  # it would be read as an option
             return text
-
-
-def free_port() -> int:
-    """A TCP port on the loopback address that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def check_port_is_free(port: int) -> None:
-    """Check that a server can listen on a loopback port.
-
-    Raises
-    ------
-    SetupError
-        If another process listens there, or the port may not be used.
-    """
-    with socket.socket() as probe:
-        # As Java does: ports that only wait for a closed connection's last packets count as free.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise SetupError(
-                f"expected a free port. Port {port} on {HOST} cannot be used: {error.strerror}.",
-                hint="end the process that listens there, or choose another port with --port (0: a free one)",
-            ) from error
-
-
-def is_listening(port: int) -> bool:
-    """Whether somebody accepts connections on a loopback port."""
-    with socket.socket() as probe:
-        probe.settimeout(1.0)
-        return probe.connect_ex((HOST, port)) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -32,6 +33,15 @@ def _admin(bootstrap_servers: str, options: Mapping[str, Any], timeout_ms: int) 
         client.close()
 
 
+def _accepts_connections(address: str) -> bool:
+    host, _, port = address.strip().rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE_TIMEOUT_MS / 1000).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
 def answers(bootstrap_servers: str, options: Mapping[str, Any] | None = None) -> bool:
     """Whether a broker answers a metadata request and is ready for clients.
 
@@ -44,6 +54,8 @@ def answers(bootstrap_servers: str, options: Mapping[str, Any] | None = None) ->
     """
     from kafka.errors import KafkaError
 
+    if not any(_accepts_connections(address) for address in bootstrap_servers.split(",")):
+        return False  # kafka-python would go on trying until its own limit
     try:
         with _admin(bootstrap_servers, options or {}, _PROBE_TIMEOUT_MS) as admin:
             brokers = admin.describe_cluster()["brokers"]
