@@ -92,7 +92,8 @@ def rows(
     Examples
     --------
     >>> log = [Event(0, "i", "i", 0, 0), Event(1, "c", "i", 5_000, 6_000)]
-    >>> [(row.task, row.kind, row.label, row.known_at) for row in rows(log, 60_000, AttributionConfig(), "fnw")]
+    >>> said = rows(log, 60_000, AttributionConfig(), "fnw")
+    >>> [(row.task, row.kind, row.label, row.known_at) for row in said]
     [('click', 'first', 0, 0), ('click', 'delayed_positive', 1, 6000), ('conversion', 'first', 0, 6000)]
     """
     emitted: list[Row] = []

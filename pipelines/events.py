@@ -6,7 +6,9 @@ UTC. Every further column of the impressions table is a feature.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,7 @@ __all__ = [
     "IMPRESSION",
     "KINDS",
     "OPERATIONS",
+    "SERVED_COLUMNS",
     "TOPICS",
     "DeadLetter",
     "EventBlock",
@@ -113,6 +116,8 @@ class EventBlock:
     partition, offset, row : ndarray, shape (n,)
         Source position of each row; ``partition`` counts the source's own partitions of all topics.
     dead_letters : list of DeadLetter
+    produced_at : ndarray of int64, shape (n,), optional
+        Wall-clock time at which the broker received each row, ms.
     """
 
     tables: tuple[pa.Table, pa.Table, pa.Table]
@@ -122,6 +127,43 @@ class EventBlock:
     offset: NDArray[np.int64]
     row: NDArray[np.int32]
     dead_letters: list[DeadLetter] = field(default_factory=list)
+    produced_at: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.kind)
+
+    def slice(self, start: int, stop: int) -> EventBlock:
+        """Rows ``[start, stop)``, without copying."""
+        if start == 0 and stop == len(self):
+            return self
+        first = [int((self.kind[:start] == kind).sum()) for kind in range(4)]
+        count = [int((self.kind[start:stop] == kind).sum()) for kind in range(4)]
+        impressions, clicks, conversions = (
+            table.slice(first[kind], count[kind]) for kind, table in enumerate(self.tables)
+        )
+        return replace(
+            self,
+            tables=(impressions, clicks, conversions),
+            dead_letters=self.dead_letters[first[3] : first[3] + count[3]],
+            **{name: values[start:stop] for name, values in self._columns().items()},
+        )
+
+    @classmethod
+    def concat(cls, blocks: Sequence[EventBlock]) -> EventBlock:
+        """One block of several, in order; a feature that a block lacks is null there."""
+        impressions, clicks, conversions = (
+            pa.concat_tables([block.tables[kind] for block in blocks], promote_options="permissive")
+            for kind in range(3)
+        )
+        columns = [block._columns() for block in blocks]
+        shared = [name for name in columns[0] if all(name in own for own in columns)]
+        return cls(
+            tables=(impressions, clicks, conversions),
+            dead_letters=[letter for block in blocks for letter in block.dead_letters],
+            **{name: np.concatenate([own[name] for own in columns]) for name in shared},
+        )
+
+    def _columns(self) -> dict[str, NDArray[Any]]:
+        names = ("kind", "arrival_time", "partition", "offset", "row", "produced_at")
+        found = {name: getattr(self, name) for name in names}
+        return {name: values for name, values in found.items() if values is not None}

@@ -6,6 +6,7 @@ The incremental form of the windows in `pipelines.attribution`: the same policie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +63,7 @@ class LabelWindows:
     ``unsaid`` counts the accepted positive outcomes of a window that no row has said yet.
     """
 
-    _COLUMNS = {
+    _COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
         "opened": np.int64,
         "known": np.int64,
         "outcome_time": np.int64,

@@ -1,0 +1,276 @@
+"""The online loop: predict, record, learn, calibrate. The same code for Kafka and for files.
+
+What commits and publishes, and where events come from, is the caller's: `jobs.stream`, `jobs.backtest`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.chain import CalibrationChain
+from calibration.delayed import fnw_weight
+from jobs.prepared import StepEvents, Teacher
+from jobs.progressive import ProgressiveQuality
+from models.base import sigmoid
+from models.student import LearnBatch, Student
+from monitoring.accounting import Accounting
+from pipelines.config import Config
+from pipelines.events import KINDS
+from pipelines.joined import Examples, Joined, NegativeDelay
+from pipelines.joiner import TASKS, Joiner
+from pipelines.label_windows import FIRST
+from pipelines.replay import ReplayBuffer
+
+__all__ = ["OnlineLoop", "Predicted", "StepResult"]
+
+Floats = NDArray[np.float64]
+Arrays = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Predictions for the impressions of one step, in the order of the loop's tasks.
+
+    ``logit`` is the student's own, ``probability`` is calibrated; both (impressions, tasks).
+    """
+
+    impression_id: list[str]
+    event_time: NDArray[np.int64]
+    arrival_time: NDArray[np.int64]
+    user_key: NDArray[np.int64]
+    logit: Floats
+    probability: Floats
+    teacher_logit: Floats
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What the caller records: predictions, refused outcomes, and how many rows were learned."""
+
+    predicted: Predicted
+    negative_delays: list[NegativeDelay]
+    learned_rows: int
+    joined: Joined
+
+
+class OnlineLoop:
+    """All state of online learning, and the one way to advance it.
+
+    Parameters
+    ----------
+    config : Config
+
+    Attributes
+    ----------
+    tasks : tuple of str
+        What is learned, in the order of `pipelines.joiner.TASKS`; empty until `begin`. Until then the loop
+        only joins: it is warming up.
+
+    Notes
+    -----
+    A step is: ::
+
+        predicted = predict(impressions)         # before anything of this step is learned
+        joined = joiner.process(events)          # what has become known
+        learn(joined.examples + replay)
+        calibrate(joined.examples)               # on what was predicted when the impression arrived
+
+    The state after a step depends on the events and on where the steps were cut, on nothing else.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.tasks: tuple[str, ...] = ()
+        self.students: dict[str, Student] = {}
+        self.calibrators: dict[str, CalibrationChain] = {}
+        self.joiner = Joiner(
+            config.attribution, config.labels.policy, traffic_ratio=config.labels.traffic_ratio
+        )
+        self.replay = {
+            task: ReplayBuffer(config.replay.rows_per_hour, config.student.seed + index)
+            for index, task in enumerate(config.labels.tasks)
+        }
+        self.accounting = Accounting()
+        self.read = dict.fromkeys(KINDS, 0)
+        self.progressive = ProgressiveQuality()
+        self.step_number = 0
+        self.clock = -1
+        self.last_event_time = -1
+        self.learned_events = 0
+
+    def step(self, events: StepEvents) -> StepResult:
+        """Advance by one step of events."""
+        predicted = self._predict(events)
+        joined = self._join(events, predicted)
+        learned = 0
+        for column, task in enumerate(self.tasks):
+            index = TASKS.index(task)
+            learned += self._learn(task, column, joined.examples[index])
+            self._calibrate(task, column, joined.examples[index])
+            self.progressive.update(task, column, joined.closed[index], self.joiner.features)
+        for task in self.replay:
+            self._remember(task, joined.examples[TASKS.index(task)])
+        self._account(events, joined)
+        self.joiner.release(joined)
+        self.step_number += 1
+        self.clock = events.clock
+        self.learned_events += learned
+        return StepResult(predicted, joined.negative_delays, learned, joined)
+
+    def begin(
+        self,
+        students: Mapping[str, Student],
+        calibrators: Mapping[str, CalibrationChain],
+        teachers: Mapping[str, Teacher],
+    ) -> None:
+        """End the warm-up: from the next step on, predict and learn.
+
+        Impressions whose windows are open are predicted now, so that outcomes that are still to come
+        count as they would have, had the models been there when the impression arrived.
+        """
+        self.tasks = tuple(students)
+        self.students, self.calibrators = dict(students), dict(calibrators)
+        self.replay = {task: self.replay[task] for task in self.tasks}
+        features = self.joiner.features
+        if "buckets" not in features:
+            return
+        slots = np.unique(np.concatenate([self.joiner.open_windows(index).slot for index in (0, 1)]))
+        buckets, numbers = features["buckets"][slots], features["numbers"][slots]
+        keys = features["segment_key"][slots]
+        for name in ("teacher_logit", "logit", "probability"):
+            features[name] = np.full((len(features["buckets"]), len(self.tasks)), np.nan, np.float32)
+        for column, task in enumerate(self.tasks if len(slots) else ()):
+            logit = students[task].predict_logit(buckets, numbers)
+            features["logit"][slots, column] = logit
+            features["probability"][slots, column] = calibrators[task].transform(logit, keys)
+            features["teacher_logit"][slots, column] = teachers[task].calibrated_logit(buckets, numbers, keys)
+
+    def _predict(self, events: StepEvents) -> Predicted:
+        arrivals = events.arrivals
+        n = len(arrivals)
+        logit = np.full((n, len(self.tasks)), np.nan)
+        probability = logit.copy()
+        if n:
+            features = arrivals.features
+            for column, task in enumerate(self.tasks):
+                raw = self.students[task].predict_logit(features["buckets"], features["numbers"])
+                logit[:, column] = raw
+                probability[:, column] = self.calibrators[task].transform(raw, features["segment_key"])
+        return Predicted(
+            arrivals.impression_id,
+            arrivals.event_time,
+            arrivals.arrival_time,
+            arrivals.features["user_key"],
+            logit,
+            probability,
+            events.teacher_logit,
+        )
+
+    def _join(self, events: StepEvents, predicted: Predicted) -> Joined:
+        arrivals = events.arrivals
+        arrivals.features["logit"] = predicted.logit.astype(np.float32)
+        arrivals.features["probability"] = predicted.probability.astype(np.float32)
+        if len(arrivals):
+            self.last_event_time = max(self.last_event_time, int(arrivals.event_time.max()))
+        return self.joiner.process(arrivals, events.clicks, events.conversions, events.clock)
+
+    def _learn(self, task: str, column: int, examples: Examples) -> int:
+        if len(examples) == 0:
+            return 0
+        features, config = self.joiner.features, self.config
+        first = examples.kind == FIRST
+        teacher = np.where(first, features["teacher_logit"][examples.slot, column], np.nan)
+        columns: Arrays = {
+            "buckets": features["buckets"][examples.slot],
+            "numbers": features["numbers"][examples.slot],
+            "label": examples.label.astype(np.float32),
+            "weight": examples.weight.astype(np.float32),
+            "first": first,
+            "teacher_logit": teacher.astype(np.float64),
+        }
+        wanted = round(config.replay.ratio * len(examples))
+        again = self.replay[task].draw(wanted, int(examples.known_at[-1]), self.step_number)
+        if again is not None:
+            columns = {name: np.concatenate([values, again[name]]) for name, values in columns.items()}
+        for start in range(0, len(columns["label"]), _mini_batch(config, len(columns["label"]))):
+            part = slice(start, start + _mini_batch(config, len(columns["label"])))
+            self.students[task].learn(
+                LearnBatch(
+                    **{name: values[part] for name, values in columns.items()},
+                    policy=config.labels.policy,
+                    distillation_weight=config.distillation.weight,
+                )
+            )
+        return len(examples)
+
+    def _calibrate(self, task: str, column: int, examples: Examples) -> None:
+        """Update the calibrator from what was predicted when each impression arrived."""
+        chain, features = self.calibrators[task], self.joiner.features
+        if not self.config.calibration.online or len(examples) == 0:
+            return
+        logit = features["logit"][examples.slot, column].astype(np.float64)
+        known = np.isfinite(logit)
+        if not known.any():
+            return
+        slot, logit = examples.slot[known], logit[known]
+        label, weight = examples.label[known].astype(np.float64), examples.weight[known]
+        keys = features["segment_key"][slot]
+        if self.config.labels.policy == "fnw":
+            weight = weight * fnw_weight(chain.transform(logit, keys), label)
+        chain.update(logit, label, weight, keys)
+
+    def _remember(self, task: str, examples: Examples) -> None:
+        features = self.joiner.features
+        if len(examples) == 0 or self.config.replay.ratio == 0:
+            return
+        n = len(examples)
+        self.replay[task].add(
+            {
+                "known_at": examples.known_at,
+                "buckets": features["buckets"][examples.slot],
+                "numbers": features["numbers"][examples.slot],
+                "label": examples.label.astype(np.float32),
+                "weight": examples.weight.astype(np.float32),
+                # A replayed row is learned from its label alone: the teacher has spoken when it was fresh.
+                "first": np.zeros(n, np.bool_),
+                "teacher_logit": np.full(n, np.nan),
+            }
+        )
+
+    def _account(self, events: StepEvents, joined: Joined) -> None:
+        for kind, rows in events.read.items():
+            self.read[KINDS[kind]] += rows
+        accounted = dict(joined.counts)
+        for kind, rows in events.read.items():
+            outcomes = (events.arrivals, events.clicks, events.conversions)[kind]
+            dead = rows - len(outcomes)
+            if dead:
+                accounted[kind, "dead_lettered"] = accounted.get((kind, "dead_lettered"), 0) + dead
+        for (kind, what), change in accounted.items():
+            name = KINDS[kind]
+            is_unused = what == "trained" and not self._is_trained(name)
+            target = "warm_up" if is_unused else what
+            if change >= 0:
+                self.accounting.add(name, target, change)
+            else:
+                self.accounting.remove(name, target, -change)
+
+    def _is_trained(self, kind: str) -> bool:
+        # A click is the label of one task and opens the window of the other.
+        return "conversion" in self.tasks or (kind != "conversion" and "click" in self.tasks)
+
+
+def _mini_batch(config: Config, rows: int) -> int:
+    """Rows of each update: as even as possible and at most twice ``batch_rows``."""
+    updates = max(1, round(rows / config.student.batch_rows))
+    return -(-rows // updates)
+
+
+def uncalibrated_probability(logit: Floats) -> Floats:
+    """What the student would say without a calibrator."""
+    return sigmoid(logit)

@@ -1,0 +1,75 @@
+"""The whole state of an online loop as arrays and plain data, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.chain import CalibrationChain
+from jobs.online import OnlineLoop
+from jobs.progressive import ProgressiveQuality
+from monitoring.accounting import Accounting
+from pipelines.errors import StaleStateError
+
+__all__ = ["load_loop_state", "loop_state"]
+
+Arrays = dict[str, NDArray[Any]]
+
+
+def loop_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
+    """Everything that decides how the loop goes on, copied, so that the loop may run on meanwhile."""
+    arrays: Arrays = {}
+    plain: dict[str, Any] = {
+        "tasks": list(loop.tasks),
+        "step": loop.step_number,
+        "clock": loop.clock,
+        "last_event_time": loop.last_event_time,
+        "learned_events": loop.learned_events,
+        "read": loop.read,
+        "accounting": loop.accounting.state(),
+        "progressive": loop.progressive.state(),
+        "calibrators": {task: chain.state() for task, chain in loop.calibrators.items()},
+        "frozen": {task: student.frozen_digest() for task, student in loop.students.items()},
+        "replay": {},
+    }
+    for task, student in loop.students.items():
+        arrays.update({f"student/{task}/{name}": np.array(value) for name, value in student.state().items()})
+        columns, hours = loop.replay[task].state()
+        arrays.update({f"replay/{task}/{name}": value for name, value in columns.items()})
+        plain["replay"][task] = hours
+    joiner_arrays, plain["joiner"] = loop.joiner.state()
+    arrays.update({f"joiner/{name}": np.array(value) for name, value in joiner_arrays.items()})
+    return arrays, plain
+
+
+def load_loop_state(loop: OnlineLoop, arrays: Arrays, plain: dict[str, Any]) -> None:
+    """Put a loop where `loop_state` was taken.
+
+    Raises
+    ------
+    StaleStateError
+        If the state was taken with other tasks, or frozen layers differ from those it was taken with.
+    """
+    if tuple(plain["tasks"]) != loop.tasks:
+        raise StaleStateError(
+            f"the checkpoint learns {', '.join(plain['tasks'])}; this worker {', '.join(loop.tasks)}.",
+            hint="use the config and release that the checkpoint was made with, or a new --state folder",
+        )
+    loop.step_number, loop.clock = plain["step"], plain["clock"]
+    loop.last_event_time, loop.learned_events = plain["last_event_time"], plain["learned_events"]
+    loop.read = dict(plain["read"])
+    loop.accounting = Accounting.from_state(plain["accounting"])
+    loop.progressive = ProgressiveQuality.from_state(plain["progressive"])
+    for task, student in loop.students.items():
+        student.load_state(_under(arrays, f"student/{task}/"))
+        if student.frozen_digest() != plain["frozen"][task]:
+            raise StaleStateError(f"the frozen layers of the {task} student are not those of the checkpoint.")
+        loop.calibrators[task] = CalibrationChain.from_state(plain["calibrators"][task])
+        loop.replay[task].load_state(_under(arrays, f"replay/{task}/"), plain["replay"][task])
+    loop.joiner.load_state(_under(arrays, "joiner/"), plain["joiner"])
+
+
+def _under(arrays: Arrays, prefix: str) -> Arrays:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

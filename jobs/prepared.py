@@ -1,0 +1,197 @@
+"""A block of events made ready for the loop: features encoded, teacher asked, ids and times unpacked.
+
+Nothing here depends on what the student has learned, so it is done for thousands of rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from models.base import sigmoid
+from pipelines.events import CLICK, CONVERSION, IMPRESSION, DeadLetter, EventBlock
+from pipelines.feature_spec import FeatureSpec
+from pipelines.features import Encoded, encode
+from pipelines.hashing import hash_column
+from pipelines.joined import Arrivals, Outcomes
+
+__all__ = ["PreparedBlock", "StepEvents", "StepSource", "Teacher", "prepare"]
+
+Ints = NDArray[np.int64]
+
+
+class Teacher(Protocol):
+    """A frozen model with its calibrator."""
+
+    def calibrated_logit(
+        self, buckets: NDArray[np.int32], numbers: NDArray[np.float32], segment_key: Ints
+    ) -> NDArray[np.float64]:
+        """Calibrated log-odds of each row, shape (n,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class StepSource:
+    """Where the rows of a step were read, in order: see `pipelines.events.EventBlock`."""
+
+    partition: NDArray[np.int32]
+    offset: Ints
+    row: NDArray[np.int32]
+    arrival_time: Ints
+    produced_at: Ints | None
+
+
+@dataclass(frozen=True)
+class StepEvents:
+    """One step: up to ``batch_rows`` input rows in arrival order, by kind; times in ms.
+
+    ``teacher_logit`` is calibrated, (impressions, tasks). ``read`` counts rows by kind, dead letters with
+    the kind of their topic.
+    """
+
+    arrivals: Arrivals
+    clicks: Outcomes
+    conversions: Outcomes
+    teacher_logit: NDArray[np.float64]
+    dead_letters: list[DeadLetter]
+    read: dict[int, int]
+    clock: int
+    source: StepSource
+
+
+@dataclass(frozen=True)
+class PreparedBlock:
+    """An event block with everything that does not depend on the student."""
+
+    block: EventBlock
+    features: Encoded
+    teacher_logit: NDArray[np.float64]
+    arrivals: Arrivals
+    clicks: Outcomes
+    conversions: Outcomes
+    dead_letter_kind: list[int]
+    before: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.block)
+
+    def step(self, start: int, stop: int) -> StepEvents:
+        """Input rows ``[start, stop)`` of the block."""
+        (i0, c0, v0, d0), (i1, c1, v1, d1) = self.before[start].tolist(), self.before[stop].tolist()
+        read = {IMPRESSION: i1 - i0, CLICK: c1 - c0, CONVERSION: v1 - v0}
+        for kind in self.dead_letter_kind[d0:d1]:
+            read[kind] += 1
+        impressions = slice(i0, i1)
+        return StepEvents(
+            arrivals=Arrivals(
+                self.arrivals.impression_id[impressions],
+                self.arrivals.event_time[impressions],
+                self.arrivals.arrival_time[impressions],
+                {name: values[impressions] for name, values in self.arrivals.features.items()},
+            ),
+            clicks=_slice(self.clicks, c0, c1),
+            conversions=_slice(self.conversions, v0, v1),
+            user_key=self.features.user_key[impressions],
+            teacher_logit=self.teacher_logit[impressions],
+            dead_letters=self.block.dead_letters[d0:d1],
+            read=read,
+            clock=int(self.block.arrival_time[stop - 1]),
+            source=self._source(start, stop),
+        )
+
+    def _source(self, start: int, stop: int) -> StepSource:
+        block, rows = self.block, slice(start, stop)
+        produced_at = None if block.produced_at is None else block.produced_at[rows]
+        return StepSource(
+            block.partition[rows], block.offset[rows], block.row[rows], block.arrival_time[rows], produced_at
+        )
+
+
+def prepare(
+    block: EventBlock,
+    spec: FeatureSpec,
+    segments: tuple[str, ...],
+    teachers: Mapping[str, Teacher],
+    kind_of_source: Mapping[str, int],
+) -> PreparedBlock:
+    """Encode a block's impressions and ask the teachers, in the order of ``teachers``.
+
+    ``kind_of_source`` gives the event kind of each topic or file that a dead letter can come from.
+    """
+    features = encode(block.tables[IMPRESSION], spec, segments)
+    teacher_logit = np.full((len(features), len(teachers)), np.nan)
+    if len(features):
+        for column, teacher in enumerate(teachers.values()):
+            teacher_logit[:, column] = teacher.calibrated_logit(
+                features.buckets, features.numbers, features.segment_key
+            )
+    arrival = [block.arrival_time[block.kind == kind] for kind in range(3)]
+    before = np.zeros((len(block) + 1, 4), np.int64)
+    for kind in range(4):
+        np.cumsum(block.kind == kind, out=before[1:, kind])
+    travelling: dict[str, NDArray[Any]] = {
+        "buckets": features.buckets,
+        "numbers": features.numbers,
+        "segment_key": features.segment_key,
+        "user_key": features.user_key,
+        "teacher_logit": teacher_logit.astype(np.float32),
+    }
+    impressions = block.tables[IMPRESSION]
+    return PreparedBlock(
+        block=block,
+        features=features,
+        teacher_logit=teacher_logit,
+        arrivals=Arrivals(
+            impressions.column("impression_id").to_pylist(),
+            _times(impressions),
+            arrival[IMPRESSION],
+            travelling,
+        ),
+        clicks=_outcomes(block, CLICK, arrival[CLICK]),
+        conversions=_outcomes(block, CONVERSION, arrival[CONVERSION]),
+        dead_letter_kind=[kind_of_source[letter.source] for letter in block.dead_letters],
+        before=before,
+    )
+
+
+def teacher_probability(teacher_logit: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
+    """Calibrated probability of the teacher."""
+    return sigmoid(teacher_logit.astype(np.float64))
+
+
+def _times(table: pa.Table) -> Ints:
+    return table.column("event_time").to_numpy()
+
+
+def _outcomes(block: EventBlock, kind: int, arrival: Ints) -> Outcomes:
+    table = block.tables[kind]
+    rows = block.kind == kind
+    positive = np.ones(table.num_rows, np.bool_)
+    if kind == CONVERSION and table.num_rows:
+        positive = np.array([op != "retract" for op in table.column("op").to_pylist()], np.bool_)
+    position = np.stack([block.partition[rows], block.offset[rows], block.row[rows]], axis=1)
+    return Outcomes(
+        table.column("impression_id").to_pylist(),
+        _times(table),
+        arrival,
+        hash_column(table.column("event_id")) if table.num_rows else np.zeros(0, np.uint64),
+        positive,
+        position.astype(np.int64),
+    )
+
+
+def _slice(outcomes: Outcomes, start: int, stop: int) -> Outcomes:
+    part = slice(start, stop)
+    return Outcomes(
+        outcomes.impression_id[part],
+        outcomes.event_time[part],
+        outcomes.arrival_time[part],
+        outcomes.event_hash[part],
+        outcomes.positive[part],
+        outcomes.position[part],
+    )

@@ -1,0 +1,155 @@
+"""From models to releases: what trains writes the first ones, what learns online writes the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.chain import CalibrationChain
+from jobs.online import OnlineLoop
+from jobs.prepared import Teacher
+from jobs.release import Release, TaskFiles, point, release_name, write_release
+from jobs.training import TaskModels
+from models.base import Model
+from models.student import Student
+from pipelines.config import Config, dump_config
+from pipelines.feature_spec import FeatureSpec
+
+__all__ = ["CalibratedTeacher", "FirstReleases", "load_first", "publish_student", "write_first"]
+
+
+@dataclass(frozen=True)
+class CalibratedTeacher:
+    """A frozen model and its calibrator."""
+
+    model: Model
+    calibrator: CalibrationChain
+
+    def calibrated_logit(
+        self, buckets: NDArray[np.int32], numbers: NDArray[np.float32], segment_key: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Calibrated log-odds, shape (n,)."""
+        raw = self.model.predict_logit(buckets, numbers)
+        return np.asarray(self.calibrator.transform_logit(raw, segment_key), np.float64)
+
+
+@dataclass(frozen=True)
+class FirstReleases:
+    """What the online start needs: the teacher's release and the first student's."""
+
+    teacher: Release
+    student: Release
+
+    @property
+    def warm_up_until(self) -> int:
+        """Arrival time at which online learning begins, ms."""
+        return int(self.student.manifest.extra["warm_up_until"])
+
+    def teachers(self) -> dict[str, Teacher]:
+        return {
+            task: CalibratedTeacher(model, self.teacher.calibrators[task])
+            for task, model in self.teacher.models.items()
+        }
+
+    def students(self) -> dict[str, Student]:
+        """Fresh students with the release's weights."""
+        loaded = Release.load(self.student.path).models
+        return {task: model for task, model in loaded.items() if isinstance(model, Student)}
+
+
+def write_first(
+    root: Path,
+    models: Mapping[str, TaskModels],
+    spec: FeatureSpec,
+    config: Config,
+    segments: tuple[str, ...],
+    *,
+    warm_up_until: int,
+    rows: int,
+    figures: Mapping[str, Any],
+) -> FirstReleases:
+    """Write the teacher's and the first student's release and point ``teacher`` and ``CURRENT`` at them."""
+    common: dict[str, Any] = {
+        "spec": spec,
+        "config_toml": dump_config(config),
+        "segments": segments,
+        "last_event_time": warm_up_until,
+        "learned_events": rows,
+        "extra": {"warm_up_until": warm_up_until, "quality": dict(figures)},
+        "epoch": 0,
+        "step": 0,
+    }
+    teacher = write_release(
+        root,
+        kind="teacher",
+        parent=None,
+        tasks={
+            task: TaskFiles(
+                "student" if isinstance(one.teacher, Student) else "gbdt",
+                one.teacher.to_files(),
+                one.teacher_calibrator.state(),
+            )
+            for task, one in models.items()
+        },
+        **common,
+    )
+    student = write_release(
+        root,
+        kind="student",
+        parent=teacher.name,
+        tasks={
+            task: TaskFiles("student", one.student.to_files(), one.student_calibrator.state())
+            for task, one in models.items()
+        },
+        **common,
+    )
+    point(root, "teacher", teacher.name, rollback=True)
+    point(root, "CURRENT", student.name, rollback=True)
+    return FirstReleases(Release.load(teacher), Release.load(student))
+
+
+def load_first(root: Path) -> FirstReleases:
+    """Load the releases that `write_first` wrote.
+
+    Raises
+    ------
+    DataError
+        If they are not there.
+    StaleStateError
+        If a file is not what was written.
+    """
+    teacher = Release.load(root / release_name("teacher", 0, 0))
+    return FirstReleases(teacher, Release.load(root / release_name("student", 0, 0)))
+
+
+def publish_student(
+    root: Path, loop: OnlineLoop, first: FirstReleases, *, epoch: int, parent: str, extra: Mapping[str, Any]
+) -> str:
+    """Write the loop's students and calibrators as a release and point ``CURRENT`` at it; returns its name.
+
+    The caller has committed the state before: what is published is never lost by a crash.
+    """
+    path = write_release(
+        root,
+        kind="student",
+        epoch=epoch,
+        step=loop.step_number,
+        parent=parent,
+        spec=first.student.spec,
+        config_toml=first.student.config_toml,
+        segments=first.student.segments,
+        tasks={
+            task: TaskFiles("student", student.to_files(), loop.calibrators[task].state())
+            for task, student in loop.students.items()
+        },
+        last_event_time=loop.last_event_time,
+        learned_events=loop.learned_events,
+        extra={"warm_up_until": first.warm_up_until, **extra},
+    )
+    point(root, "CURRENT", path.name)
+    return path.name

@@ -1,0 +1,81 @@
+"""The warm-up: join without learning, and turn what was joined into training sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.online import OnlineLoop, StepResult
+from pipelines.delay import DelayCurve
+from pipelines.joined import Closed
+from pipelines.joiner import TASKS
+from pipelines.training_set import TrainingSet
+
+__all__ = ["WarmUp"]
+
+
+class WarmUp:
+    """Collects the windows of a loop that is warming up, with the labels known at its end.
+
+    The rows are those of policy ``relabel`` of `pipelines.attribution.rows`, as of the loop's clock.
+    """
+
+    def __init__(self, loop: OnlineLoop) -> None:
+        self.loop = loop
+        self._rows: dict[str, list[dict[str, NDArray[Any]]]] = {task: [] for task in loop.replay}
+
+    def add(self, result: StepResult) -> None:
+        """Keep the windows that one step has closed."""
+        for task, parts in self._rows.items():
+            closed = result.joined.closed[TASKS.index(task)]
+            if len(closed):
+                parts.append(self._columns(closed, mature=True))
+
+    def training_sets(self) -> dict[str, TrainingSet]:
+        """The rows of each task, by time of opening. Tasks without a row are left out."""
+        sets = {}
+        for task, parts in self._rows.items():
+            still_open = self.loop.joiner.open_windows(TASKS.index(task))
+            if len(still_open):
+                parts = [*parts, self._columns(still_open, mature=False)]
+            if parts:
+                columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+                sets[task] = self._labelled(task, columns)
+        return sets
+
+    def _columns(self, windows: Closed, *, mature: bool) -> dict[str, NDArray[Any]]:
+        features = self.loop.joiner.features
+        return {
+            **{
+                name: features[name][windows.slot]
+                for name in ("buckets", "numbers", "segment_key", "user_key")
+            },
+            "label": windows.label,
+            "event_time": windows.event_time,
+            "outcome_time": windows.outcome_time,
+            "mature": np.full(len(windows), mature),
+        }
+
+    def _labelled(self, task: str, columns: dict[str, NDArray[Any]]) -> TrainingSet:
+        order = np.argsort(columns["event_time"], kind="stable")
+        columns = {name: values[order] for name, values in columns.items()}
+        attribution = self.loop.config.attribution
+        width = attribution.click_window if task == "click" else attribution.attribution_window
+        elapsed = np.minimum(self.loop.clock - columns["event_time"], width)
+        positive = columns["label"] == 1
+        delay = (columns["outcome_time"] - columns["event_time"])[positive]
+        curve = DelayCurve.fit(delay, elapsed[positive])
+        observed = np.where(columns["mature"], 1.0, curve.cdf(elapsed))
+        return TrainingSet(
+            buckets=columns["buckets"],
+            numbers=columns["numbers"],
+            user_key=columns["user_key"],
+            segment_key=columns["segment_key"],
+            label=columns["label"].astype(np.float32),
+            weight=np.ones(len(order), np.float32),
+            event_time=columns["event_time"],
+            mature=columns["mature"],
+            observed_share=observed.astype(np.float32),
+        )
