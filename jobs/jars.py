@@ -123,7 +123,7 @@ def _is_complete(folder: Path, jars: Sequence[Jar]) -> bool:
     """Quick check of a published folder: all names with their sizes, and nothing else."""
     try:
         found = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return found == {jar.file_name: jar.size for jar in jars}
 

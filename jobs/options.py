@@ -11,15 +11,14 @@ import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from pipelines.errors import SetupError
 
-P = ParamSpec("P")
 R = TypeVar("R")
-Decorator = Callable[[Callable[..., R]], Callable[..., R]]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _META = "ctrstream.config."  # keys in click's Context.meta
 
@@ -120,7 +119,7 @@ def writable_folder(path: Path, *, option: str = "--out") -> Path:
 
 def output_option(
     *, required: bool = True, default: str | None = None, help: str = "Output folder; created when missing."
-) -> Decorator[R]:
+) -> Callable[[Function], Function]:
     """Add ``--out DIR``, checked to be writable before the command starts; passes ``out`` (``Path``).
 
     Parameters
@@ -172,7 +171,12 @@ def parse_utc_ms(text: str) -> int:
     >>> parse_utc_ms("1970-01-01T02:00:00+02:00")
     0
     """
-    moment = datetime.fromisoformat(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ValueError(
+            f"expected an ISO-8601 time such as 2025-03-01T00:00:00Z. Got {text!r}: {error}."
+        ) from error
     if moment.tzinfo is None:
         raise ValueError(
             f"expected a time with an offset, such as {text}Z. Got {text}, which names no time zone."
@@ -197,7 +201,7 @@ class UtcTime(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-def as_of_option(*, required: bool = False) -> Decorator[R]:
+def as_of_option(*, required: bool = False) -> Callable[[Function], Function]:
     """Add ``--as-of TIME``; passes ``as_of`` (``int | None``, event time, ms since the epoch, UTC)."""
     return click.option(
         "--as-of",
@@ -207,7 +211,7 @@ def as_of_option(*, required: bool = False) -> Decorator[R]:
     )
 
 
-def bootstrap_option(function: Callable[..., R]) -> Callable[..., R]:
+def bootstrap_option(function: Function) -> Function:
     """Add ``--bootstrap-servers HOST:PORT[,...]``; passes ``bootstrap_servers`` (``str | None``)."""
     return click.option(
         "--bootstrap-servers",
