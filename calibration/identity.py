@@ -1,0 +1,42 @@
+"""No calibration: the baseline every other method must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy.typing as npt
+
+from calibration.base import checked_logit
+from calibration.link import FloatArray, sigmoid
+from calibration.state import expect_fields
+
+__all__ = ["IdentityCalibrator"]
+
+
+class IdentityCalibrator:
+    """Trust the model: the calibrated logit is the logit.
+
+    Examples
+    --------
+    >>> IdentityCalibrator().transform([0.0]).tolist()
+    [0.5]
+    """
+
+    def transform_logit(self, logit: npt.ArrayLike) -> FloatArray:
+        """The logit itself, checked and clipped, shape ``(n,)``."""
+        return checked_logit(logit)
+
+    def transform(self, logit: npt.ArrayLike) -> FloatArray:
+        """Probability of the logit, shape ``(n,)``."""
+        return sigmoid(self.transform_logit(logit))
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON data."""
+        return {"kind": "identity"}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Self:
+        """The calibrator that :meth:`state` described."""
+        expect_fields(state, "identity", ())
+        return cls()
