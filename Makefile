@@ -25,6 +25,7 @@ LOCKED := -r pyproject.toml -c requirements.lock
 NEED_PYTHON := error: Python 3.11 or newer with venv is needed, and $(PYTHON) is not one: install it (Debian, Ubuntu: apt-get install python3 python3-venv) or name another, as in make PYTHON=python3.12.
 NEED_JAVA := error: Java 17 or newer is needed: install it (Debian, Ubuntu: apt-get install openjdk-17-jre-headless) or point JAVA_HOME at one.
 NEED_INDEX := error: the Python package index cannot be reached: connect to the network, or set PIP_INDEX_URL and UV_DEFAULT_INDEX to a mirror.
+NEED_INSTALL := error: installing stopped, for the reason above; if the package index cannot be reached, connect to the network or set UV_DEFAULT_INDEX to a mirror.
 NEED_BROWSER := error: the page tests need Chromium: install it (Debian, Ubuntu: apt-get install chromium).
 
 .PHONY: help setup setup-test setup-bench demo test check format format-check lint types imports lock clean distclean
@@ -57,13 +58,13 @@ $(VENV)/.setup-done: pyproject.toml requirements.lock | $(BIN)/uv
 	@echo "installing what ctrstream needs (about 5 GB, most of it torch; TORCH_BACKEND=cpu saves 4)"
 	@test -z "$(TORCH_BACKEND)" || $(UV_INSTALL) --torch-backend $(TORCH_BACKEND) \
 	    "$$(sed -nE 's/^(torch==[^ ]+).*/\1/p' requirements.lock)"
-	@$(UV_INSTALL) $(LOCKED) || { echo "$(NEED_INDEX)" >&2; exit 1; }
-	@$(UV_INSTALL) --no-deps --editable .
+	@$(UV_INSTALL) $(LOCKED) || { echo "$(NEED_INSTALL)" >&2; exit 1; }
+	@$(UV_INSTALL) --no-deps --editable . || { echo "$(NEED_INSTALL)" >&2; exit 1; }
 	@touch $@
 
 $(VENV)/.setup-test-done: $(VENV)/.setup-done
 	@echo "installing what the tests need"
-	@$(UV_INSTALL) $(LOCKED) --extra dev || { echo "$(NEED_INDEX)" >&2; exit 1; }
+	@$(UV_INSTALL) $(LOCKED) --extra dev || { echo "$(NEED_INSTALL)" >&2; exit 1; }
 	@command -v chromium chromium-browser google-chrome >/dev/null || { \
 	    if ! command -v apt-get >/dev/null; then echo "$(NEED_BROWSER)" >&2; exit 1; fi; \
 	    if [ "$$(id -u)" = 0 ]; then root=; elif sudo -n true 2>/dev/null; then root="sudo -n"; \
@@ -76,7 +77,7 @@ $(VENV)/.setup-test-done: $(VENV)/.setup-done
 
 $(VENV)/.setup-bench-done: $(VENV)/.setup-done
 	@echo "installing what the benchmarks need"
-	@$(UV_INSTALL) $(LOCKED) --extra bench || { echo "$(NEED_INDEX)" >&2; exit 1; }
+	@$(UV_INSTALL) $(LOCKED) --extra bench || { echo "$(NEED_INSTALL)" >&2; exit 1; }
 	@touch $@
 
 # ---- use
