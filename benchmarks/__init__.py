@@ -1,0 +1,1 @@
+"""Comparisons that are measured, not tested: run one with `make bench-NAME`."""
