@@ -1,0 +1,140 @@
+"""``ctrstream release``: list, show, promote and roll back releases."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipelines.errors import DataError
+
+releases_option = click.option(
+    "--releases",
+    "root",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder of releases.",
+)
+
+
+@click.group()
+def command() -> None:
+    """Govern the releases' life cycle."""
+
+
+def _rows(root: Path) -> list[dict[str, Any]]:
+    from jobs.release_manifest import Manifest
+    from jobs.release_pointer import ALIASES, list_releases, pointed
+
+    names = list_releases(root)
+    if not names:
+        raise DataError(f"expected releases in {root}. Found none.", hint="`ctrstream backtest` writes some")
+    aliases = {alias: pointed(root, alias) for alias in ALIASES}
+    rows = []
+    for name in names:
+        manifest = Manifest.read(root / name)
+        rows.append(
+            {
+                "release": name,
+                "aliases": [alias for alias, target in aliases.items() if target == name],
+                "parent": manifest.parent,
+                "tasks": {task: entry.model for task, entry in manifest.tasks.items()},
+                "learned_events": manifest.learned_events,
+                "last_event_time": manifest.last_event_time,
+                "digest": manifest.digest,
+            }
+        )
+    return rows
+
+
+def _utc(milliseconds: int) -> str:
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+
+
+@command.command("list")
+@releases_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def list_command(root: Path, as_json: bool) -> None:
+    """List the releases of a folder, oldest first, and where the pointers stand."""
+    rows = _rows(root)
+    if as_json:
+        click.echo(json.dumps(rows, indent=2))
+        return
+    click.echo(f"{'RELEASE':<26} {'LEARNED UP TO':<21} {'EVENTS':>12}  {'DIGEST':<12}  POINTED TO BY")
+    for row in rows:
+        click.echo(
+            f"{row['release']:<26} {_utc(row['last_event_time']):<21} {row['learned_events']:>12,}  "
+            f"{row['digest'][:12]}  {' '.join(row['aliases'])}".rstrip()
+        )
+
+
+@command.command()
+@releases_option
+@click.argument("name")
+def show(root: Path, name: str) -> None:
+    """Print the manifest of release NAME (or CURRENT, last_good, teacher) as JSON.
+
+    Every file is verified first.
+    """
+    from jobs.release import read_verified
+    from jobs.release_manifest import Manifest
+
+    path = root / _resolve(root, name)
+    manifest = Manifest.read(path)
+    read_verified(path, manifest)
+    click.echo(json.dumps(manifest.model_dump(mode="json"), indent=2))
+
+
+@command.command()
+@releases_option
+@click.option(
+    "--alias",
+    type=click.Choice(["CURRENT", "last_good", "teacher"]),
+    default="CURRENT",
+    show_default=True,
+    help="Which pointer to move.",
+)
+@click.argument("name")
+def promote(root: Path, alias: str, name: str) -> None:
+    """Let serving load release NAME (or the one that last_good or teacher names).
+
+    The release is loaded and verified first. CURRENT does not go back: see rollback.
+    """
+    from jobs.release import Release
+    from jobs.release_pointer import point
+
+    release = Release.load(root / _resolve(root, name))
+    point(root, alias, release.name)
+    click.echo(f"{alias} -> {release.name}")
+
+
+@command.command()
+@releases_option
+@click.argument("name", required=False)
+def rollback(root: Path, name: str | None) -> None:
+    """Let serving go back to release NAME, by default the one that last_good names.
+
+    A worker that goes on publishing moves CURRENT forward again: stop it, or start it from that release.
+    """
+    from jobs.release import Release
+    from jobs.release_pointer import CURRENT, point
+
+    release = Release.load(root / _resolve(root, name or "last_good"))
+    point(root, CURRENT, release.name, rollback=True)
+    click.echo(f"{CURRENT} -> {release.name}")
+
+
+def _resolve(root: Path, name: str) -> str:
+    from jobs.release_manifest import parse_name
+    from jobs.release_pointer import ALIASES, pointed
+
+    if name in ALIASES:
+        target = pointed(root, name)
+        if target is None:
+            raise DataError(f"{name} was never set in {root}.", hint="name a release instead")
+        return target
+    parse_name(name)
+    return name
