@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.options import Decorator, UtcTime, output_option
+from jobs.options import UtcTime, output_option
 from pipelines.simulation_config import SimulationConfig, read_simulation_config
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["command"]
 
 _DEFAULT = SimulationConfig()
-_out: Decorator[None] = output_option(help="Folder for the log; a log simulated into it before is replaced.")
+_out = output_option(help="Folder for the log; a log simulated into it before is replaced.")
 
 
 @click.command()
