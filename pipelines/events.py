@@ -151,9 +151,10 @@ class EventBlock:
     @classmethod
     def concat(cls, blocks: Sequence[EventBlock]) -> EventBlock:
         """One block of several, in order; a feature that a block lacks is null there."""
+        from pipelines.feature_columns import concat_events  # it builds on this module
+
         impressions, clicks, conversions = (
-            pa.concat_tables([block.tables[kind] for block in blocks], promote_options="permissive")
-            for kind in range(3)
+            concat_events(kind, [block.tables[kind] for block in blocks]) for kind in range(3)
         )
         columns = [block._columns() for block in blocks]
         shared = [name for name in columns[0] if all(name in own for own in columns)]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pipelines.duration import HOUR_MS
 from pipelines.errors import DataError
+from pipelines.feature_columns import as_column, as_lists, as_text, text_column
 from pipelines.feature_spec import FeatureSpec, Numeric, Sequence
 from pipelines.hashing import hash_column, mix
 
@@ -115,50 +116,15 @@ def encode_rows(rows: list[Mapping[str, Any]], spec: FeatureSpec, segments: tupl
     return encode(pa.table({name: as_column(values) for name, values in table.items()}), spec, segments)
 
 
-def as_column(values: list[Any]) -> pa.Array:
-    """An Arrow column of JSON values; a mixture of strings and numbers becomes strings."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.array([as_text(value) for value in values])
-
-
-def as_text(value: Any) -> str | None:
-    """The text that is hashed for a value: whole numbers are written without a fraction.
-
-    Examples
-    --------
-    >>> as_text(3.0), as_text(3), as_text("3"), as_text(None)
-    ('3', '3', '3', None)
-    """
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return str(int(value)) if value.is_integer() else repr(value)
-    return str(value)
-
-
 def _column(table: pa.Table, name: str) -> pa.Array:
     column = table.column(name)
     return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
 
 
-def _text_column(column: pa.Array) -> pa.Array:
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return column
-    if pa.types.is_null(column.type):
-        return column.cast(pa.string())
-    if pa.types.is_integer(column.type):
-        return pc.cast(column, pa.string())
-    return pa.array([as_text(value) for value in column.to_pylist()], pa.string())
-
-
 def _hash_feature(table: pa.Table, name: str, seed: int) -> NDArray[np.uint64]:
     if name not in table.column_names:
         return np.zeros(table.num_rows, np.uint64)
-    return hash_column(_text_column(_column(table, name)), seed)
+    return hash_column(text_column(_column(table, name)), seed)
 
 
 def _bucket(hashes: NDArray[np.uint64], offset: int, buckets: int) -> NDArray[np.int32]:
@@ -177,10 +143,12 @@ def _numeric_column(table: pa.Table, name: str) -> NDArray[np.float64]:
         return np.full(table.num_rows, np.nan)
     column = _column(table, name)
     try:
-        return np.asarray(column.cast(pa.float64()).to_numpy(zero_copy_only=False), np.float64)
+        # Unsafe as to whole numbers beyond 2**53, which a float64 rounds: a feature can bear that.
+        return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.float64)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise DataError(
-            f"feature {name} is numeric in the feature spec. Received a column of type {column.type}: {error}.",
+            f"feature {name} is numeric in the feature spec. "
+            f"Received a column of type {column.type}: {error}.",
             hint="make it categorical in the spec, or mend the producer",
         ) from error
 
@@ -204,20 +172,10 @@ def _sequence_columns(table: pa.Table, part: Sequence, offset: int, seed: int) -
     n = table.num_rows
     matrix = np.zeros((n, part.max_length), np.int32)
     if part.name in table.column_names:
-        column = _column(table, part.name)
-        if not (
-            pa.types.is_null(column.type)
-            or pa.types.is_list(column.type)
-            or pa.types.is_large_list(column.type)
-        ):
-            raise DataError(
-                f"feature {part.name} is a sequence in the feature spec. "
-                f"Received a column of type {column.type}.",
-                hint="send a list of strings, or mend the spec",
-            )
+        column = as_lists(_column(table, part.name))
         if not pa.types.is_null(column.type):
             lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-            flat = _bucket(hash_column(_text_column(column.flatten()), seed), offset, part.buckets)
+            flat = _bucket(hash_column(text_column(column.flatten()), seed), offset, part.buckets)
             row = np.repeat(np.arange(n), lengths)
             place = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
             kept = place < part.max_length

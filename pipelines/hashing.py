@@ -44,9 +44,9 @@ def hash_column(column: pa.Array | pa.ChunkedArray, seed: int = HASH_SEED) -> ND
     )
     codes = encoded.indices
     if codes.null_count == 0:
-        return values[codes.to_numpy(zero_copy_only=False)]
+        return np.asarray(values[codes.to_numpy(zero_copy_only=False)])
     filled = np.append(values, np.uint64(0))
-    return filled[codes.fill_null(len(values)).to_numpy(zero_copy_only=False)]
+    return np.asarray(filled[codes.fill_null(len(values)).to_numpy(zero_copy_only=False)])
 
 
 def _as_binary(strings: pa.Array) -> pa.Array:
