@@ -44,6 +44,7 @@ class StepSource:
     row: NDArray[np.int32]
     arrival_time: Ints
     produced_at: Ints | None
+    event_hash: NDArray[np.uint64] | None
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,13 @@ class PreparedBlock:
 
     def _source(self, start: int, stop: int) -> StepSource:
         block, rows = self.block, slice(start, stop)
-        produced_at = None if block.produced_at is None else block.produced_at[rows]
         return StepSource(
-            block.partition[rows], block.offset[rows], block.row[rows], block.arrival_time[rows], produced_at
+            block.partition[rows],
+            block.offset[rows],
+            block.row[rows],
+            block.arrival_time[rows],
+            None if block.produced_at is None else block.produced_at[rows],
+            None if block.event_hash is None else block.event_hash[rows],
         )
 
 

@@ -118,6 +118,8 @@ class EventBlock:
     dead_letters : list of DeadLetter
     produced_at : ndarray of int64, shape (n,), optional
         Wall-clock time at which the broker received each row, ms.
+    event_hash : ndarray of uint64, shape (n,), optional
+        Hash of each row's event id, the last part of its place in the order.
     """
 
     tables: tuple[pa.Table, pa.Table, pa.Table]
@@ -128,6 +130,7 @@ class EventBlock:
     row: NDArray[np.int32]
     dead_letters: list[DeadLetter] = field(default_factory=list)
     produced_at: NDArray[np.int64] | None = None
+    event_hash: NDArray[np.uint64] | None = None
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -165,6 +168,6 @@ class EventBlock:
         )
 
     def _columns(self) -> dict[str, NDArray[Any]]:
-        names = ("kind", "arrival_time", "partition", "offset", "row", "produced_at")
+        names = ("kind", "arrival_time", "partition", "offset", "row", "produced_at", "event_hash")
         found = {name: getattr(self, name) for name in names}
         return {name: values for name, values in found.items() if values is not None}

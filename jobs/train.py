@@ -1,0 +1,126 @@
+"""`ctrstream train`: the teacher and the first student, from a snapshot."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from jobs.options import config_options, writable_folder
+from pipelines.errors import DataError
+
+if TYPE_CHECKING:
+    from jobs.publishing import FirstReleases
+    from pipelines.config import Config
+
+__all__ = ["command", "train"]
+
+log = logging.getLogger(__name__)
+
+
+def train(snapshot: Path, releases: Path, config: Config) -> tuple[FirstReleases, dict[str, str]]:
+    """Train on a snapshot and write the first releases; returns them and the tasks that were skipped.
+
+    Online learning begins with what arrives after the snapshot's ``as_of``.
+
+    Raises
+    ------
+    DataError
+        If the snapshot is damaged, or no task in it can be trained.
+    """
+    from jobs.publishing import write_first
+    from jobs.single_thread import use_one_thread
+    from jobs.training import train_models
+    from pipelines.feature_spec import FeatureSpec
+    from pipelines.snapshot import read_manifest, read_snapshot
+
+    use_one_thread()
+    manifest = read_manifest(snapshot)
+    spec = FeatureSpec.read(snapshot / "feature_spec.toml")
+    tasks = [task for task in config.labels.tasks if task in manifest.tasks]
+    sets = {task: read_snapshot(snapshot, task) for task in tasks}
+    trained = train_models(sets, spec, config)
+    for task, reason in trained.skipped.items():
+        log.warning("task skipped task=%s reason=%r", task, reason)
+    if not trained.models:
+        raise DataError(
+            f"no task can be trained on {snapshot}: "
+            + "; ".join(f"{task}: {reason}" for task, reason in trained.skipped.items()),
+            hint="build a snapshot with a longer window or a later --as-of",
+        )
+    first = write_first(
+        releases,
+        trained.models,
+        spec,
+        config,
+        manifest.segments,
+        warm_up_until=manifest.as_of + 1,
+        rows=max(len(rows) for rows in sets.values()),
+        figures={task: one.report for task, one in trained.models.items()},
+    )
+    if config.tracking.uri:
+        _track(config, first, manifest.snapshot_id, {t: one.report for t, one in trained.models.items()})
+    return first, dict(trained.skipped)
+
+
+def _track(config: Config, first: FirstReleases, snapshot: str, reports: Mapping[str, Any]) -> None:
+    """One run for the trained candidates, and both releases in the registry."""
+    from jobs.tracking import Tracking
+
+    tracking = Tracking(config.tracking.uri, config.tracking.experiment, config.tracking.registered_model)
+    run = tracking.run(f"train {snapshot}", {"job": "train", "snapshot": snapshot}, key=f"train/{snapshot}")
+    run.log_params(config.model_dump(mode="json"))
+    run.log_metrics(
+        [
+            (f"quality/{task}/{name}", float(value), 0, first.warm_up_until)
+            for task, report in reports.items()
+            for name, value in _numbers(report)
+        ]
+    )
+    run.register(first.teacher.path, ["teacher"])
+    run.register(first.student.path, ["champion", "last_good"])
+    run.finish()
+
+
+def _numbers(report: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    found: list[tuple[str, float]] = []
+    for name, value in report.items():
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append((prefix + name, float(value)))
+    return found
+
+
+@click.command()
+@click.option(
+    "--snapshot",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="A snapshot of `ctrstream samples build`.",
+)
+@click.option(
+    "--releases",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder for the releases; created when missing.",
+)
+@config_options
+def command(snapshot: Path, releases: Path, config: Config) -> None:
+    """Train teacher and first student, evaluate them on the next window, calibrate, write releases."""
+    first, skipped = train(snapshot, writable_folder(releases, option="--releases"), config)
+    click.echo(
+        json.dumps(
+            {
+                "teacher": first.teacher.name,
+                "student": first.student.name,
+                "quality": first.student.manifest.extra["quality"],
+                "skipped": skipped,
+            },
+            indent=1,
+        )
+    )
