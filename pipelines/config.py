@@ -92,12 +92,14 @@ class StudentConfig(_Section):
     frozen: tuple[Literal["cross", "dense"], ...] = ("cross", "dense")
     optimizer: Literal["adagrad"] = "adagrad"
     batch_rows: int = Field(default=256, ge=1)
-    learning_rate: float = Field(default=0.05, gt=0)
+    learning_rate: float = Field(default=0.1, gt=0)
     embedding_dim: int = Field(default=8, ge=1)
     hidden: tuple[int, ...] = (64, 32)
     cross_layers: int = Field(default=2, ge=1)
-    l2: float = Field(default=0.0, ge=0)
-    warmup_epochs: int = Field(default=2, ge=1)
+    l2: float = Field(default=0.1, ge=0)
+    initial_accumulator: float = Field(default=0.01, gt=0)
+    dense_learning_rate: float = Field(default=0.002, gt=0)
+    warmup_epochs: int = Field(default=3, ge=1)
     seed: int = 17
 
 
