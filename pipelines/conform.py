@@ -129,7 +129,7 @@ def _wrong_type(where: str, name: str, wanted: pa.DataType, kind: pa.DataType, d
 
 def _feature_column(column: pa.ChunkedArray, name: str, where: str) -> pa.ChunkedArray:
     kind = column.type
-    if kind in (pa.string(), pa.int64(), pa.float64(), _STRINGS):
+    if kind in (pa.string(), pa.int64(), pa.float64()):
         return column
     try:
         if pa.types.is_dictionary(kind):
