@@ -118,7 +118,6 @@ class OnlineLoop:
         self._account(events, joined)
         self.joiner.release(joined)
         self.step_number += 1
-        self.clock = events.clock
         self.learned_events += learned
         return StepResult(predicted, joined.negative_delays, learned, joined)
 
@@ -177,7 +176,8 @@ class OnlineLoop:
         arrivals.features["probability"] = predicted.probability.astype(np.float32)
         if len(arrivals):
             self.last_event_time = max(self.last_event_time, int(arrivals.event_time.max()))
-        return self.joiner.process(arrivals, events.clicks, events.conversions, events.clock)
+        self.clock = max(self.clock, events.clock)
+        return self.joiner.process(arrivals, events.clicks, events.conversions, self.clock)
 
     def _learn(self, task: str, column: int, examples: Examples) -> int:
         if len(examples) == 0:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from models.base import sigmoid
-from pipelines.events import CLICK, CONVERSION, IMPRESSION, DeadLetter, EventBlock
+from pipelines.events import CLICK, CONVERSION, DEAD_LETTER, IMPRESSION, DeadLetter, EventBlock
 from pipelines.feature_spec import FeatureSpec
 from pipelines.features import Encoded, encode
 from pipelines.hashing import hash_column
@@ -49,10 +49,11 @@ class StepSource:
 
 @dataclass(frozen=True)
 class StepEvents:
-    """One step: up to ``batch_rows`` input rows in arrival order, by kind; times in ms.
+    """One step: up to ``batch_rows`` events in arrival order, by kind; times in ms.
 
     ``teacher_logit`` is calibrated, (impressions, tasks). ``read`` counts rows by kind, dead letters with
-    the kind of their topic.
+    the kind of their topic. ``clock`` is the arrival time of the last event, -1 if there are only dead
+    letters.
     """
 
     arrivals: Arrivals
@@ -97,13 +98,16 @@ class PreparedBlock:
             ),
             clicks=_slice(self.clicks, c0, c1),
             conversions=_slice(self.conversions, v0, v1),
-            user_key=self.features.user_key[impressions],
             teacher_logit=self.teacher_logit[impressions],
             dead_letters=self.block.dead_letters[d0:d1],
             read=read,
-            clock=int(self.block.arrival_time[stop - 1]),
+            clock=self._clock(start, stop),
             source=self._source(start, stop),
         )
+
+    def _clock(self, start: int, stop: int) -> int:
+        good = np.flatnonzero(self.block.kind[start:stop] != DEAD_LETTER)
+        return int(self.block.arrival_time[start + good[-1]]) if len(good) else -1
 
     def _source(self, start: int, stop: int) -> StepSource:
         block, rows = self.block, slice(start, stop)

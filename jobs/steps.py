@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from jobs.prepared import PreparedBlock, StepEvents
-from pipelines.events import EventBlock
+from pipelines.events import DEAD_LETTER, EventBlock
 
 __all__ = ["WARM_UP_ROWS", "StepCutter"]
 
@@ -27,7 +27,7 @@ class StepCutter:
     prepare : callable
         Makes a block ready (`jobs.prepared.prepare`).
     batch_rows : int
-        Rows of a step once learning has begun.
+        Events of a step once learning has begun; dead letters are not counted.
     begins_at : int
         Arrival time at which learning begins, ms: a step ends there.
     """
@@ -56,11 +56,17 @@ class StepCutter:
             yield from self.feed(left, is_last=True)
 
     def _cut(self, block: EventBlock, rows: int, *, is_whole: bool) -> Iterator[StepEvents]:
-        end = len(block) if is_whole else len(block) // rows * rows
+        # Dead letters do not count: where they stand must not decide what is learned together.
+        good = np.cumsum(block.kind != DEAD_LETTER)
+        total = int(good[-1]) if len(block) else 0
+        ends = (np.searchsorted(good, np.arange(rows, total + 1, rows)) + 1).tolist()
+        if is_whole and (not ends or ends[-1] < len(block)):
+            ends.append(len(block))
+        end = ends[-1] if ends else 0
         if end:
             prepared = self._prepare(block.slice(0, end))
-            for start in range(0, end, rows):
-                stop = min(start + rows, end)
-                yield prepared.step(start, stop)
+            for start, stop in zip([0, *ends[:-1]], ends, strict=True):
+                if stop > start:
+                    yield prepared.step(start, stop)
         if end < len(block):
             self._left = block.slice(end, len(block))
