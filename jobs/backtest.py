@@ -85,9 +85,9 @@ def run_backtest(
     sources = files.kind_of_source()
     clock.lap("read")
     first, skipped = _warm_up(config, files, loop, spec, segments, out, begins_at, warm_rows, progress, clock)
-    teachers = first.teachers()
+    frozen = first.frozen()
     cutter = StepCutter(
-        lambda block: prepare(block, spec, segments, teachers, sources), config.student.batch_rows, begins_at
+        lambda block: prepare(block, spec, segments, frozen, sources), config.student.batch_rows, begins_at
     )
     predictions = PredictionLog(out / "predictions")
     release, next_release = first.student.name, begins_at + config.backtest.publish_every
@@ -192,14 +192,14 @@ def _warm_up(
     clock: _StageClock,
 ) -> tuple[FirstReleases, dict[str, str]]:
     """Join the warm-up, train on it, and let the loop begin."""
-    from jobs.prepared import prepare
+    from jobs.prepared import FrozenModels, prepare
     from jobs.publishing import write_first
     from jobs.steps import WARM_UP_ROWS, StepCutter
     from jobs.training import train_models
     from jobs.warm_up import WarmUp
 
     warm_up, sources = WarmUp(loop), files.kind_of_source()
-    cutter = StepCutter(lambda block: prepare(block, spec, segments, {}, sources), 1, begins_at)
+    cutter = StepCutter(lambda block: prepare(block, spec, segments, FrozenModels(), sources), 1, begins_at)
     for block in files.blocks(0, rows, WARM_UP_ROWS):
         for events in cutter.feed(block):
             warm_up.add(loop.step(events))
@@ -227,7 +227,7 @@ def _warm_up(
         rows=max(len(rows_of_task) for rows_of_task in sets.values()),
         figures={task: one.report for task, one in trained.models.items()},
     )
-    loop.begin(first.students(), dict(first.student.calibrators), first.teachers())
+    loop.begin(first.students(), first.calibrators(), first.teachers())
     clock.lap("train")
     return first, dict(trained.skipped)
 

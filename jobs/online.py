@@ -20,6 +20,7 @@ from models.base import sigmoid
 from models.student import LearnBatch, Student
 from monitoring.accounting import Accounting
 from pipelines.config import Config
+from pipelines.duration import HOUR_MS
 from pipelines.events import KINDS
 from pipelines.joined import Examples, Joined, NegativeDelay
 from pipelines.joiner import TASKS, Joiner
@@ -46,6 +47,7 @@ class Predicted:
     logit: Floats
     probability: Floats
     teacher_logit: Floats
+    stale_logit: Floats
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class OnlineLoop:
         self.clock = -1
         self.last_event_time = -1
         self.learned_events = 0
+        self.refitted_hour = -1
 
     def step(self, events: StepEvents) -> StepResult:
         """Advance by one step of events."""
@@ -168,6 +171,7 @@ class OnlineLoop:
             logit,
             probability,
             events.teacher_logit,
+            events.stale_logit,
         )
 
     def _join(self, events: StepEvents, predicted: Predicted) -> Joined:
@@ -223,6 +227,11 @@ class OnlineLoop:
         if self.config.labels.policy == "fnw":
             weight = weight * fnw_weight(chain.transform(logit, keys), label)
         chain.update(logit, label, weight, keys)
+        if self.clock // HOUR_MS != self.refitted_hour:
+            # How far segments are shrunk is estimated anew once an hour of event time.
+            for own in self.calibrators.values():
+                own.refit()
+            self.refitted_hour = self.clock // HOUR_MS
 
     def _remember(self, task: str, examples: Examples) -> None:
         features = self.joiner.features

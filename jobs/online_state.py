@@ -27,6 +27,7 @@ def loop_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
         "clock": loop.clock,
         "last_event_time": loop.last_event_time,
         "learned_events": loop.learned_events,
+        "refitted_hour": loop.refitted_hour,
         "read": loop.read,
         "accounting": loop.accounting.state(),
         "progressive": loop.progressive.state(),
@@ -59,6 +60,7 @@ def load_loop_state(loop: OnlineLoop, arrays: Arrays, plain: dict[str, Any]) -> 
         )
     loop.step_number, loop.clock = plain["step"], plain["clock"]
     loop.last_event_time, loop.learned_events = plain["last_event_time"], plain["learned_events"]
+    loop.refitted_hour = plain["refitted_hour"]
     loop.read = dict(plain["read"])
     loop.accounting = Accounting.from_state(plain["accounting"])
     loop.progressive = ProgressiveQuality.from_state(plain["progressive"])

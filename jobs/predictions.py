@@ -25,6 +25,7 @@ PREDICTION_SCHEMA = pa.schema(
         ("arrived_at", pa.int64()),
         ("user_key", pa.int64()),
         ("teacher_probability", pa.float64()),
+        ("stale_probability", pa.float64()),
     ]
 )
 
@@ -65,6 +66,7 @@ class PredictionLog:
             logit = np.concatenate([part.logit[:, column] for part, _ in parts])
             probability = np.concatenate([part.probability[:, column] for part, _ in parts])
             teacher = np.concatenate([part.teacher_logit[:, column] for part, _ in parts])
+            stale = np.concatenate([part.stale_logit[:, column] for part, _ in parts])
             tables.append(
                 pa.Table.from_arrays(
                     [
@@ -79,6 +81,7 @@ class PredictionLog:
                         pa.array(arrived_at),
                         pa.array(user_key),
                         pa.array(sigmoid(teacher)),
+                        pa.array(sigmoid(stale)),
                     ],
                     schema=PREDICTION_SCHEMA,
                 )

@@ -6,21 +6,20 @@ Nothing here depends on what the student has learned, so it is done for thousand
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from models.base import sigmoid
 from pipelines.events import CLICK, CONVERSION, DEAD_LETTER, IMPRESSION, DeadLetter, EventBlock
 from pipelines.feature_spec import FeatureSpec
 from pipelines.features import Encoded, encode
 from pipelines.hashing import hash_column
 from pipelines.joined import Arrivals, Outcomes
 
-__all__ = ["PreparedBlock", "StepEvents", "StepSource", "Teacher", "prepare"]
+__all__ = ["FrozenModels", "PreparedBlock", "StepEvents", "StepSource", "Teacher", "prepare"]
 
 Ints = NDArray[np.int64]
 
@@ -33,6 +32,25 @@ class Teacher(Protocol):
     ) -> NDArray[np.float64]:
         """Calibrated log-odds of each row, shape (n,)."""
         ...
+
+
+@dataclass(frozen=True)
+class FrozenModels:
+    """What is asked about every impression and never learns, by task, in the order of the loop's tasks."""
+
+    teachers: Mapping[str, Teacher] = field(default_factory=dict)
+    stale: Mapping[str, Teacher] = field(default_factory=dict)
+
+    @staticmethod
+    def ask(models: Mapping[str, Teacher], features: Encoded) -> NDArray[np.float64]:
+        """Calibrated logits, (n, tasks)."""
+        logit = np.full((len(features), len(models)), np.nan)
+        if len(features):
+            for column, model in enumerate(models.values()):
+                logit[:, column] = model.calibrated_logit(
+                    features.buckets, features.numbers, features.segment_key
+                )
+        return logit
 
 
 @dataclass(frozen=True)
@@ -51,7 +69,8 @@ class StepSource:
 class StepEvents:
     """One step: up to ``batch_rows`` events in arrival order, by kind; times in ms.
 
-    ``teacher_logit`` is calibrated, (impressions, tasks). ``read`` counts rows by kind, dead letters with
+    ``teacher_logit`` and ``stale_logit`` (the first student, never updated) are calibrated, (impressions,
+    tasks). ``read`` counts rows by kind, dead letters with
     the kind of their topic. ``clock`` is the arrival time of the last event, -1 if there are only dead
     letters.
     """
@@ -60,6 +79,7 @@ class StepEvents:
     clicks: Outcomes
     conversions: Outcomes
     teacher_logit: NDArray[np.float64]
+    stale_logit: NDArray[np.float64]
     dead_letters: list[DeadLetter]
     read: dict[int, int]
     clock: int
@@ -73,6 +93,7 @@ class PreparedBlock:
     block: EventBlock
     features: Encoded
     teacher_logit: NDArray[np.float64]
+    stale_logit: NDArray[np.float64]
     arrivals: Arrivals
     clicks: Outcomes
     conversions: Outcomes
@@ -99,6 +120,7 @@ class PreparedBlock:
             clicks=_slice(self.clicks, c0, c1),
             conversions=_slice(self.conversions, v0, v1),
             teacher_logit=self.teacher_logit[impressions],
+            stale_logit=self.stale_logit[impressions],
             dead_letters=self.block.dead_letters[d0:d1],
             read=read,
             clock=self._clock(start, stop),
@@ -125,20 +147,15 @@ def prepare(
     block: EventBlock,
     spec: FeatureSpec,
     segments: tuple[str, ...],
-    teachers: Mapping[str, Teacher],
+    frozen: FrozenModels,
     kind_of_source: Mapping[str, int],
 ) -> PreparedBlock:
-    """Encode a block's impressions and ask the teachers, in the order of ``teachers``.
+    """Encode a block's impressions and ask the frozen models.
 
     ``kind_of_source`` gives the event kind of each topic or file that a dead letter can come from.
     """
     features = encode(block.tables[IMPRESSION], spec, segments)
-    teacher_logit = np.full((len(features), len(teachers)), np.nan)
-    if len(features):
-        for column, teacher in enumerate(teachers.values()):
-            teacher_logit[:, column] = teacher.calibrated_logit(
-                features.buckets, features.numbers, features.segment_key
-            )
+    teacher_logit = frozen.ask(frozen.teachers, features)
     arrival = [block.arrival_time[block.kind == kind] for kind in range(3)]
     before = np.zeros((len(block) + 1, 4), np.int64)
     for kind in range(4):
@@ -155,6 +172,7 @@ def prepare(
         block=block,
         features=features,
         teacher_logit=teacher_logit,
+        stale_logit=frozen.ask(frozen.stale, features),
         arrivals=Arrivals(
             impressions.column("impression_id").to_pylist(),
             _times(impressions),
@@ -166,11 +184,6 @@ def prepare(
         dead_letter_kind=[kind_of_source[letter.source] for letter in block.dead_letters],
         before=before,
     )
-
-
-def teacher_probability(teacher_logit: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """Calibrated probability of the teacher."""
-    return sigmoid(teacher_logit.astype(np.float64))
 
 
 def _times(table: pa.Table) -> Ints:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from calibration.chain import CalibrationChain
 from jobs.online import OnlineLoop
-from jobs.prepared import Teacher
+from jobs.prepared import FrozenModels, Teacher
 from jobs.release import Release, TaskFiles, point, release_name, write_release
 from jobs.training import TaskModels
 from models.base import Model
@@ -51,10 +51,23 @@ class FirstReleases:
         return int(self.student.manifest.extra["warm_up_until"])
 
     def teachers(self) -> dict[str, Teacher]:
+        """The teacher of each task."""
         return {
             task: CalibratedTeacher(model, self.teacher.calibrators[task])
             for task, model in self.teacher.models.items()
         }
+
+    def frozen(self) -> FrozenModels:
+        """The teachers, and the first students as they were before they learned online."""
+        stale = {
+            task: CalibratedTeacher(model, self.student.calibrators[task])
+            for task, model in self.student.models.items()
+        }
+        return FrozenModels(self.teachers(), stale)
+
+    def calibrators(self) -> dict[str, CalibrationChain]:
+        """Fresh copies of the first students' calibrators."""
+        return {task: chain.copy() for task, chain in self.student.calibrators.items()}
 
     def students(self) -> dict[str, Student]:
         """Fresh students with the release's weights."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -29,8 +30,9 @@ from jobs.online_state import load_loop_state, loop_state
 from jobs.predictions import PredictionLog
 from jobs.prepared import PreparedBlock, StepEvents, prepare
 from jobs.publishing import FirstReleases, load_first, publish_student
-from jobs.release import pointed
+from jobs.release import garbage_collect, pointed
 from jobs.steps import StepCutter
+from jobs.worker_tracking import WorkerTracking
 from pipelines.config import Config
 from pipelines.dead_letters import DeadLetterFile
 from pipelines.events import TOPICS, DeadLetter, EventBlock
@@ -79,10 +81,11 @@ class Worker:
         self.loop = OnlineLoop(config)
         self.predictions = PredictionLog(state / "predictions")
         self.dead_letters = DeadLetterFile(state / "dead_letters.jsonl")
+        self.tracking = WorkerTracking(config, state)
         self.segments: list[str] = []
         self.release = self.first.student.name
         self.digest: str | None = None
-        self._teachers = self.first.teachers()
+        self._frozen = self.first.frozen()
         cursor = self._restore()
         self.source = KafkaSource(config.kafka, cursor, until_end=until_end)
         self.cursor: Cursor = self.source.cursor
@@ -103,6 +106,8 @@ class Worker:
         Each step is: predict, record, learn, calibrate (`OnlineLoop.step`); then, when it is time, commit
         and publish.
         """
+        running = {"pid": os.getpid(), "epoch": self.store.epoch, "since_ms": round(self._clock() * 1000)}
+        (self.state / "running.json").write_text(json.dumps(running), encoding="utf-8")
         last_commit = last_row = last_report = self._clock()
         reported = self.loop.step_number
         while not self._stopping:
@@ -132,7 +137,13 @@ class Worker:
             for events in self._cutter.flush():
                 self._step(events)
         self.commit()
+        self.tracking.published(self.releases / self.release)
+        self.close()
+
+    def close(self) -> None:
+        """Leave the broker and MLflow."""
         self.source.close()
+        self.tracking.close()
 
     def commit(self) -> None:
         """Make everything up to the last step durable, then publish it: see the module's order."""
@@ -173,13 +184,15 @@ class Worker:
             },
         )
         self.source.commit_offsets(self.cursor)
+        garbage_collect(self.releases, self.config.stream.keep_releases)
+        self.tracking.committed(self.loop, {"messages": float(self.source.lag())})
 
     def _restore(self) -> Cursor | None:
         checkpoint = self.store.load()
         if checkpoint is None:
             self.predictions.keep_only([])
             return None
-        self.loop.begin(self.first.students(), dict(self.first.student.calibrators), self._teachers)
+        self.loop.begin(self.first.students(), self.first.calibrators(), self._frozen.teachers)
         cursor = Cursor.from_state(checkpoint.plain.pop("cursor"))
         load_loop_state(self.loop, checkpoint.arrays, checkpoint.plain)
         self.segments = list(checkpoint.manifest["outputs"])
@@ -196,7 +209,7 @@ class Worker:
 
     def _step(self, events: StepEvents) -> None:
         if not self.loop.tasks and events.clock >= self.first.warm_up_until:
-            self.loop.begin(self.first.students(), dict(self.first.student.calibrators), self._teachers)
+            self.loop.begin(self.first.students(), self.first.calibrators(), self._frozen.teachers)
             self._committed_step = self.loop.step_number
         result = self.loop.step(events)
         self.predictions.add(result.predicted, self.loop.tasks, self.release)

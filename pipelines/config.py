@@ -162,11 +162,11 @@ class KafkaConfig(_Section):
 
 
 class StreamConfig(_Section):
-    """The online worker: when it commits and publishes, in wall-clock time."""
+    """The online worker. What it publishes it commits first, so one interval (wall clock) rules both."""
 
-    commit_every: Duration = 5_000
     publish_every: Duration = 2_000
     keep_checkpoints: int = Field(default=3, ge=2)
+    keep_releases: int = Field(default=50, ge=2)
 
 
 class ServeConfig(_Section):

@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jobs.prepared import prepare
+from jobs.prepared import FrozenModels, prepare
 from jobs.steps import StepCutter
 from pipelines.conform import conform
 from pipelines.events import CLICK, DEAD_LETTER, DeadLetter, EventBlock, contract_schema
@@ -32,7 +32,9 @@ def block_of(rows: list[tuple[int, bool]]) -> EventBlock:
 
 
 def steps_of(rows: list[tuple[int, bool]], cuts: list[int], begins_at: int) -> tuple[list[list[str]], int]:
-    cutter = StepCutter(lambda block: prepare(block, FeatureSpec(), (), {}, {"clicks": CLICK}), 4, begins_at)
+    cutter = StepCutter(
+        lambda block: prepare(block, FeatureSpec(), (), FrozenModels(), {"clicks": CLICK}), 4, begins_at
+    )
     bounds = sorted({0, len(rows), *(cut % (len(rows) + 1) for cut in cuts)})
     whole = block_of(rows)
     steps = [

@@ -1,0 +1,69 @@
+"""What the worker tells MLflow: one long-lived run, in event time, through the outbox."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jobs.online import OnlineLoop
+from jobs.tracking_outbox import TrackingOutbox
+from pipelines.config import Config
+from pipelines.duration import HOUR_MS
+
+__all__ = ["WorkerTracking"]
+
+_FIGURES = ("rows", "positives", "log_loss", "ne", "pcoc")
+Metric = tuple[str, float, int, int]
+
+
+class WorkerTracking:
+    """Logs progressive quality by hour, accounting, lag and releases; never waits for MLflow.
+
+    A step of a chart is an hour since the epoch and its timestamp event time, so what a restarted worker logs
+    again falls on the same points. Without ``tracking.uri`` nothing is logged.
+
+    Parameters
+    ----------
+    config : Config
+    state : Path
+        The worker's folder; the outbox lives in it.
+    """
+
+    def __init__(self, config: Config, state: Path) -> None:
+        tracking = config.tracking
+        self._outbox = TrackingOutbox(
+            state / "outbox", tracking.uri, tracking.experiment, tracking.registered_model
+        )
+        self._run = self._outbox.run(f"worker {state.name}", {"job": "stream"}, key=f"worker/{state.name}")
+        self._run.log_params(config.model_dump(mode="json"))
+        self._logged_rows: dict[tuple[str, int, str], int] = {}
+
+    def committed(self, loop: OnlineLoop, figures: dict[str, float]) -> None:
+        """Log what has changed since the last commit; ``figures`` are the worker's own, such as lag."""
+        hour = loop.clock // HOUR_MS
+        metrics: list[Metric] = [(f"lag/{name}", value, hour, loop.clock) for name, value in figures.items()]
+        for name, rows in loop.accounting.by_class().items():
+            metrics.append((f"rows/{name}", float(rows), hour, loop.clock))
+        for task, start, predictor, found in loop.progressive.hours():
+            key = (task, start, predictor)
+            if self._logged_rows.get(key) == found["rows"]:
+                continue
+            self._logged_rows[key] = found["rows"]
+            metrics += [
+                (f"quality/{task}/{predictor}/{name}", float(found[name]), start // HOUR_MS, start)
+                for name in _FIGURES
+                if found[name] is not None
+            ]
+        self._run.log_metrics(metrics)
+
+    def published(self, release: Path) -> None:
+        """Register a release as champion."""
+        self._run.register(release, ["champion"])
+
+    def note(self, **tags: Any) -> None:
+        """Tag the run."""
+        self._run.set_tags({name: str(value) for name, value in tags.items()})
+
+    def close(self) -> None:
+        """Wait, for a while, until MLflow has everything; what it has not stays in the outbox."""
+        self._outbox.close()
