@@ -1,124 +1,180 @@
-"""Merging partitions gives one order, whatever the partitioning and the polling."""
+"""Merging partitions: the order of the event files again, however partitions and polls cut the log."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.conform import conform
-from pipelines.events import CLICK, DEAD_LETTER, IMPRESSION, DeadLetter
-from pipelines.hashing import hash_column, hash_text
-from pipelines.merge import FIRST_KEY, PartitionMerge, PartitionRows
-
-EventRow = tuple[int, int, str]  # arrival time, kind, event id ("" is a dead letter)
+from pipelines.events import DEAD_LETTER
+from pipelines.merge import UNKNOWN_TIME, Merged, PartitionMerge
 
 
-def partition_rows(kind: int, rows: list[tuple[int, str]], first_offset: int) -> PartitionRows:
-    bad = np.array([name == "" for _, name in rows])
-    good = [(time, name) for time, name in rows if name]
-    columns = {
-        "event_id": [name for _, name in good],
-        "impression_id": [name for _, name in good],
-        "event_time": [time for time, _ in good],
-    }
-    if kind == IMPRESSION:
-        columns |= {"user_id": ["u"] * len(good), "item_id": ["i"] * len(good)}
-    table = conform(kind, pa.table(columns))
-    hashes = np.zeros(len(rows), np.uint64)
-    if good:
-        hashes[~bad] = hash_column(table.column("event_id"))
-    return PartitionRows(
-        kind,
-        np.array([0 if name == "" else time for time, name in rows], np.int64),
-        hashes,
-        bad,
-        np.arange(first_offset, first_offset + len(rows)),
-        np.zeros(len(rows), np.int32),
-        np.zeros(len(rows), np.int64),
-        table,
-        [DeadLetter("t", 0, first_offset + n, 0, "bad", "") for n in np.flatnonzero(bad).tolist()],
+@dataclass(frozen=True, order=True)
+class Row:
+    arrival: int
+    kind: int
+    hash: int
+
+
+def push(merge: PartitionMerge, partition: int, rows: list[Row]) -> None:
+    merge.push(
+        partition,
+        np.array([row.arrival for row in rows], np.int64),
+        np.array([row.kind for row in rows], np.int8),
+        np.array([row.hash for row in rows], np.uint64),
     )
 
 
-def names_of(blocks: list) -> list[tuple[int, str]]:
-    found = []
-    for block in blocks:
-        seen = [0, 0, 0, 0]
-        for kind in block.kind.tolist():
-            if kind == DEAD_LETTER:
-                found.append((kind, str(block.dead_letters[seen[3]].offset)))
-            else:
-                found.append((kind, block.tables[kind].column("event_id")[seen[kind]].as_py()))
-            seen[kind] += 1
-    return found
+class Run:
+    """Pushes logs in chunks and collects what is let go, as rows and as arrival times."""
+
+    def __init__(self, logs: list[list[Row]], clocks: list[int] | None = None) -> None:
+        self.logs = logs
+        self.merge = PartitionMerge(clocks or [UNKNOWN_TIME] * len(logs))
+        self.pushed = [0] * len(logs)
+        self.taken = [0] * len(logs)
+        self.order: list[tuple[int, Row]] = []
+        self.arrival: list[int] = []
+
+    def push(self, partition: int, count: int) -> None:
+        start = self.pushed[partition]
+        rows = self.logs[partition][start : start + count]
+        push(self.merge, partition, rows)
+        self.pushed[partition] += len(rows)
+
+    def advance(self, idle: set[int] = frozenset()) -> Merged:  # type: ignore[assignment]
+        ended = [
+            pushed == len(log) or index in idle
+            for index, (pushed, log) in enumerate(zip(self.pushed, self.logs, strict=True))
+        ]
+        merged = self.merge.advance(ended)
+        for partition in merged.partition.tolist():
+            self.order.append((partition, self.logs[partition][self.taken[partition]]))
+            self.taken[partition] += 1
+        self.arrival += merged.arrival_time.tolist()
+        return merged
+
+    def finish(self) -> None:
+        for partition in range(len(self.logs)):
+            self.push(partition, len(self.logs[partition]))
+        self.advance()
 
 
-events = st.lists(
-    st.tuples(st.integers(0, 30), st.sampled_from([IMPRESSION, CLICK]), st.uuids()), max_size=60
-)
+def merged_by_heads(logs: list[list[Row]]) -> list[tuple[int, Row]]:
+    """The definition: of the first rows of all partitions, the one with the smallest key goes first."""
+    effective: list[list[tuple[Row, Row]]] = []
+    for log in logs:
+        greatest = Row(UNKNOWN_TIME, -1, 0)
+        keyed = []
+        for row in log:
+            known = max(row.arrival, greatest.arrival)
+            greatest = max(greatest, Row(known, row.kind, row.hash))
+            keyed.append((greatest, row))
+        effective.append(keyed)
+    order = []
+    while any(effective):
+        _, partition = min((log[0][0], index) for index, log in enumerate(effective) if log)
+        order.append((partition, effective[partition].pop(0)[1]))
+    return order
+
+
+rows = st.builds(Row, st.integers(0, 5), st.integers(0, 2), st.integers(0, 4))
+dead = st.builds(Row, st.sampled_from([UNKNOWN_TIME, 2]), st.just(DEAD_LETTER), st.integers(0, 2))
+steps = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.booleans()), max_size=20)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(rows | dead, max_size=12), min_size=1, max_size=4), steps)
+def test_any_polls_give_the_merge_by_heads(logs: list[list[Row]], polls: list[tuple[int, int, bool]]) -> None:
+    run = Run(logs)
+    for partition, count, advances in polls:
+        run.push(partition % len(logs), count)
+        if advances:
+            run.advance()
+    run.finish()
+    assert run.order == merged_by_heads(logs)
+    assert run.arrival == sorted(run.arrival)
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    events=events,
-    partitions=st.integers(1, 3),
-    chunk=st.integers(1, 9),
-    most=st.integers(1, 20),
-    seed=st.integers(0, 9),
-)
-def test_any_partitioning_and_polling_reproduces_the_global_order(
-    events, partitions, chunk, most, seed
+@given(st.lists(rows | dead.filter(lambda row: row.arrival >= 0), max_size=40), st.integers(1, 4), steps)
+def test_a_log_in_file_order_comes_out_in_file_order_for_any_partitions(
+    log: list[Row], partitions: int, polls: list[tuple[int, int, bool]]
 ) -> None:
-    log = sorted((time, kind, hash_text(str(name)), str(name)) for time, kind, name in events)
-    parts = {(kind, n): [] for kind in (IMPRESSION, CLICK) for n in range(partitions)}
-    for time, kind, digest, name in log:
-        parts[kind, digest % partitions].append((time, name))
-    keys = list(parts)
-    merge = PartitionMerge([FIRST_KEY] * len(keys))
-    position = dict.fromkeys(keys, 0)
-    rng, blocks = np.random.default_rng(seed), []
-    while True:
-        pending = [n for n, key in enumerate(keys) if position[key] < len(parts[key])]
-        if pending:
-            n = int(rng.choice(pending))
-            start = position[keys[n]]
-            rows = parts[keys[n]][start : start + chunk]
-            merge.add(n, partition_rows(keys[n][0], rows, start))
-            position[keys[n]] = start + len(rows)
-        block = merge.take([position[key] < len(parts[key]) for key in keys], most)
-        if block is not None:
-            blocks.append(block)
-        elif not pending:
-            break
-    assert names_of(blocks) == [(kind, name) for _, kind, _, name in log]
-    arrivals = np.concatenate([block.arrival_time for block in blocks]) if blocks else np.zeros(0)
-    assert (np.diff(arrivals) >= 0).all()
+    ordered = sorted(log)  # the order of EventFiles: arrival, kind, hash
+    # Equal keys are redeliveries of one event, which has one partition.
+    logs: list[list[Row]] = [[] for _ in range(4 * partitions)]
+    for row in ordered:
+        logs[row.kind * partitions + row.hash % partitions].append(row)
+    run = Run(logs)
+    for partition, count, _ in polls:
+        run.push(partition % len(logs), count)
+        run.advance()
+    run.finish()
+    assert [row for _, row in run.order] == ordered
+    assert run.arrival == [row.arrival for row in ordered]
 
 
-def test_a_partition_that_may_still_speak_holds_the_others_back() -> None:
-    merge = PartitionMerge([FIRST_KEY, FIRST_KEY])
-    merge.add(0, partition_rows(IMPRESSION, [(1, "a"), (5, "b"), (9, "c")], 0))
-    assert merge.take([True, True], 10) is None
-    merge.add(1, partition_rows(CLICK, [(5, "d")], 0))
-    assert names_of([merge.take([True, True], 10)]) == [(0, "a"), (0, "b"), (1, "d")]
-    assert merge.take([True, True], 10) is None
-    assert names_of([merge.take([True, False], 10)]) == [(0, "c")]
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.lists(rows | dead, max_size=8), min_size=1, max_size=3), st.integers(0, 30))
+def test_going_on_from_any_row_gives_the_rest_of_the_order(logs: list[list[Row]], cut: int) -> None:
+    whole = Run(logs)
+    whole.finish()
+    cut = min(cut, len(whole.order))
+    taken = [sum(partition == index for partition, _ in whole.order[:cut]) for index in range(len(logs))]
+    clocks = [
+        max(
+            (time for (p, _), time in zip(whole.order[:cut], whole.arrival, strict=False) if p == index),
+            default=UNKNOWN_TIME,
+        )
+        for index in range(len(logs))
+    ]
+    rest = Run([log[count:] for log, count in zip(logs, taken, strict=True)], clocks)
+    rest.finish()
+    assert rest.order == whole.order[cut:]
+    assert rest.arrival == whole.arrival[cut:]
 
 
-def test_dead_letters_keep_their_place_behind_the_row_before_them() -> None:
-    merge = PartitionMerge([FIRST_KEY])
-    merge.add(0, partition_rows(CLICK, [(3, "a"), (0, ""), (4, "b")], 0))
-    block = merge.take([False], 10)
-    assert names_of([block]) == [(1, "a"), (3, "1"), (1, "b")]
-    assert block.arrival_time.tolist() == [3, 3, 4]
+def test_nothing_is_let_go_while_a_partition_has_said_nothing() -> None:
+    run = Run([[Row(1, 0, 0), Row(2, 0, 0)], [Row(5, 1, 0)]])
+    run.push(0, 2)
+    assert len(run.advance()) == 0
+    assert run.merge.waiting == [2, 0]
+    run.push(1, 1)
+    assert len(run.advance()) == 3
 
 
-def test_arrival_time_never_goes_back_within_a_partition_even_across_reads() -> None:
-    merge = PartitionMerge([FIRST_KEY])
-    merge.add(0, partition_rows(CLICK, [(8, "a")], 0))
-    merge.add(0, partition_rows(CLICK, [(2, "b"), (9, "c")], 1))
-    block = merge.take([False], 10)
-    assert block.arrival_time.tolist() == [8, 8, 9]
-    assert names_of([block]) == [(1, "a"), (1, "b"), (1, "c")]
+def test_a_partition_that_has_spoken_holds_back_only_what_is_beyond_its_last_key() -> None:
+    run = Run([[Row(1, 0, 0), Row(4, 0, 0)], [Row(3, 1, 0), Row(9, 1, 0)]])
+    run.push(0, 2)
+    run.push(1, 1)
+    assert run.advance().arrival_time.tolist() == [1, 3]
+    assert run.merge.waiting == [1, 0]
+
+
+def test_an_idle_partition_holds_nothing_back_and_its_later_rows_do_not_go_back_in_time() -> None:
+    run = Run([[Row(1, 0, 0), Row(8, 0, 0), Row(9, 0, 0)], [Row(3, 1, 0), Row(9, 1, 0)]])
+    run.push(0, 2)
+    assert run.advance(idle={1}).arrival_time.tolist() == [1, 8]
+    run.push(1, 2)
+    run.push(0, 1)
+    assert run.advance().arrival_time.tolist() == [8, 9, 9]
+    assert [partition for partition, _ in run.order] == [0, 0, 1, 0, 1]
+
+
+def test_rows_that_do_not_tell_their_time_follow_the_row_before_them() -> None:
+    run = Run([[Row(2, 0, 0), Row(UNKNOWN_TIME, DEAD_LETTER, 7), Row(6, 0, 0)], [Row(2, 1, 0), Row(3, 1, 0)]])
+    run.finish()
+    assert run.arrival == [2, 2, 2, 3, 6]
+    assert [row.kind for _, row in run.order] == [0, 1, DEAD_LETTER, 1, 0]
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_no_rows_at_all(partitions: int) -> None:
+    merge = PartitionMerge([UNKNOWN_TIME] * partitions)
+    push(merge, 0, [])
+    assert len(merge.advance([True] * partitions)) == 0
