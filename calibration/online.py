@@ -176,7 +176,7 @@ class OnlinePlatt:
         """A few floats, as plain JSON data."""
         return {
             "kind": "online_platt",
-            "config": asdict(self.config),
+            "config": {name: float(value) for name, value in asdict(self.config).items()},
             "centre": self.centre,
             **{name: getattr(self, name) for name in _NUMBERS},
         }
@@ -214,37 +214,58 @@ class OnlinePlatt:
     def _newton(self, z: FloatArray, offset: FloatArray, y: FloatArray, w: FloatArray) -> None:
         """Move mean and covariance to the mode and inverse Hessian of the log posterior."""
         determinant = self.intercept_variance * self.slope_variance - self.covariance**2
-        p_aa, p_bb = self.slope_variance / determinant, self.intercept_variance / determinant
-        p_ab = -self.covariance / determinant
-        prior_a, prior_b = self.intercept, self.slope
+        precision = (
+            self.slope_variance / determinant,
+            -self.covariance / determinant,
+            self.intercept_variance / determinant,
+        )
+        prior = (self.intercept, self.slope)
         reach = float(np.abs(offset).max())
+        is_on_bound = False
         for _ in range(_MAXIMUM_STEPS):
-            q = sigmoid(self._line(z, offset))
-            residual, curvature = w * (y - q), w * q * (1.0 - q)
-            from_a, from_b = prior_a - self.intercept, prior_b - self.slope
-            g_a = float(residual.sum()) + p_aa * from_a + p_ab * from_b
-            g_b = float((residual * offset).sum()) + p_ab * from_a + p_bb * from_b
-            bent = curvature * offset
-            h_aa = float(curvature.sum()) + p_aa
-            h_ab = float(bent.sum()) + p_ab
-            h_bb = float((bent * offset).sum()) + p_bb
+            g_a, g_b, h_aa, h_ab, h_bb = self._derivatives(z, offset, y, w, prior, precision)
             determinant = h_aa * h_bb - h_ab * h_ab
-            step_a = (h_bb * g_a - h_ab * g_b) / determinant
-            step_b = (h_aa * g_b - h_ab * g_a) / determinant
+            if is_on_bound:
+                step_a, step_b = g_a / h_aa, 0.0
+            else:
+                step_a = (h_bb * g_a - h_ab * g_b) / determinant
+                step_b = (h_aa * g_b - h_ab * g_a) / determinant
             move = abs(step_a) + abs(step_b) * reach
             shrink = min(1.0, _LARGEST_MOVE / move) if move > 0.0 else 1.0
             self.intercept += shrink * step_a
             self.slope += shrink * step_b
             if move < _TOLERANCE:
-                break
+                if is_on_bound or self.slope >= self.config.minimum_slope:
+                    break
+                # The mode lies beyond the bound: the best intercept on it is the constrained mode.
+                is_on_bound, self.slope = True, self.config.minimum_slope
+        self.slope = max(self.slope, self.config.minimum_slope)
         self.intercept_variance = h_bb / determinant
         self.slope_variance = h_aa / determinant
         self.covariance = -h_ab / determinant
-        missing = self.config.minimum_slope - self.slope
-        if missing > 0.0:
-            # On the bound, the intercept is the one that the Gaussian belief expects there.
-            self.slope += missing
-            self.intercept += self.covariance / self.slope_variance * missing
+
+    def _derivatives(
+        self,
+        z: FloatArray,
+        offset: FloatArray,
+        y: FloatArray,
+        w: FloatArray,
+        prior: tuple[float, float],
+        precision: tuple[float, float, float],
+    ) -> tuple[float, float, float, float, float]:
+        """Gradient (2) and negative Hessian (3) of the log posterior at the present mean."""
+        q = sigmoid(self._line(z, offset))
+        residual, curvature = w * (y - q), w * q * (1.0 - q)
+        bent = curvature * offset
+        p_aa, p_ab, p_bb = precision
+        from_a, from_b = prior[0] - self.intercept, prior[1] - self.slope
+        return (
+            float(residual.sum()) + p_aa * from_a + p_ab * from_b,
+            float((residual * offset).sum()) + p_ab * from_a + p_bb * from_b,
+            float(curvature.sum()) + p_aa,
+            float(bent.sum()) + p_ab,
+            float((bent * offset).sum()) + p_bb,
+        )
 
 
 _NUMBERS = ("intercept", "slope", "intercept_variance", "slope_variance", "covariance", "effective_rows")

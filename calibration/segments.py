@@ -1,31 +1,31 @@
 """Level errors of single segments (a campaign, a site), corrected as far as their support allows.
 
-For each field and each of its values ``s``, over the rows seen: ``C`` observed positives, ``E`` expected
-ones, ``N`` rows, all weighted and slowly forgotten. The truth is taken to be ``m`` times the expectation
-with ``m`` drawn from a Gamma distribution of mean 1 and shape ``a``; given ``C`` (Poisson) its expectation
-is ::
+For each field and each of its values, over the rows seen: ``C`` observed positives, ``E = Σ p`` expected
+ones, ``N`` rows, ``V = Σ p (1 - p)``, all weighted and slowly forgotten. The truth is taken to be ``m`` times
+the expectation with ``m`` drawn from a Gamma distribution of mean 1 and shape ``a``; given ``C`` (Poisson)
+its expectation is ::
 
     m = (C + a) / (E + a)
 
 so ``a`` is how many expected positives a segment must show before it is half believed. ``a`` itself is the
 value under which the counts of all segments are most likely (:meth:`SegmentCorrection.refit`).
 
-The correction is applied as a shift of log odds that moves the segment's mean probability ``e = E / N`` to
-``m e``::
+The correction is a shift of log odds that moves the segment's mean probability ``e = E / N`` to ``m e``::
 
-    logit q = logit p + ln m + ln((1 - e) / (1 - m e))
+    logit q = logit p + (logit(m e) - logit(e)) / k        k = V / (N e (1 - e))
 
-For rare positives this is ``logit p + ln m``; the second term matters for conversions, where ``ln m`` alone
-would leave a segment with ``e = 0.2``, ``m = 1.5`` at 0.27 instead of 0.3. Fields act in turn: the second
-one expects what the first has already corrected.
+For rare positives this is ``logit p + ln m``. For conversions it is not: with ``e = 0.2`` and ``m = 1.5`` a
+shift by ``ln m`` would end at 0.27 instead of 0.3. ``k`` allows for unlike rows in one segment: a shift moves
+their mean less than each row's log odds (``k`` is the ratio of the two for a small shift, 1 for equal rows).
+
+Fields act in turn: the second one expects what the first has already corrected.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -34,19 +34,15 @@ import numpy.typing as npt
 from calibration.base import checked_label, checked_logit, checked_probability, checked_weight
 from calibration.gamma_poisson import prior_strength
 from calibration.link import FloatArray, logit_of, sigmoid
+from calibration.segment_table import SUMS, IntArray, SegmentTable
 from calibration.state import expect_fields, finite, finite_list
 from pipelines.errors import ConfigError, DataError, StaleStateError
 
 __all__ = ["SegmentConfig", "SegmentCorrection"]
 
-IntArray = npt.NDArray[np.int64]
-
-# Sums are kept at the scale of the first row: a new row weighs 2**(rows / half_life) instead of the old
-# ones being multiplied down. Every 32 half-lives all are multiplied by 2**-32, which is exact.
-_RESCALE_HALF_LIVES = 32
-# Room is made by an eighth at a time: evicting one by one would sort the table for each new segment.
-_KEPT_SHARE = 0.875
 _LARGEST_MEAN = 1.0 - 1e-12
+# Rows of one segment that are split between nearly 0 and nearly 1 would ask for shifts without bound.
+_SMALLEST_RESPONSE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +120,7 @@ class SegmentCorrection:
         self.config = config
         self.strength = [config.prior_strength] * len(config.names)
         self.effective_rows = 0.0
-        self._half_lives = 0.0
-        # One table for all fields; each field finds its own rows of it.
-        self._slots: list[dict[int, int]] = [{} for _ in config.names]
-        self._sums = np.zeros((3, 256))  # C, E, N at the scale of _half_lives = 0
-        self._used = 0
-        self._free: list[int] = []
+        self._table = SegmentTable(len(config.names), config.maximum_segments)
 
     # -- applying ---------------------------------------------------------------------------------------
 
@@ -147,19 +138,19 @@ class SegmentCorrection:
         ndarray, shape (n,), logit space
         """
         z = checked_logit(logit)
-        corrected: FloatArray = z + self._shifts(self._find(self._columns(keys, len(z)))).sum(axis=0)
+        slots = self._table.find(self._columns(keys, len(z)))
+        corrected: FloatArray = z + self._shifts(slots).sum(axis=0)
         return corrected
 
     def segments(self, name: str) -> dict[str, list[float] | list[int]]:
-        """One field by key: columns ``key``, ``positives``, ``expected``, ``rows``, ``multiplier``."""
+        """One field: lists ``key``, the sums of ``SUMS``, ``multiplier``, ``shift`` (logits), by key."""
         if name not in self.config.names:
             raise ConfigError(f"no segment field {name!r}; expected one of {list(self.config.names)}.")
         field = self.config.names.index(name)
-        key, sums = self._table(field)
-        c, e, n = sums * 0.5**self._half_lives
-        multiplier = self._multiplier(c, e, n, np.full(len(key), self.strength[field]))
-        columns = {"positives": c, "expected": e, "rows": n, "multiplier": multiplier}
-        return {"key": key.tolist(), **{column: values.tolist() for column, values in columns.items()}}
+        key, sums = self._table.by_key(field)
+        multiplier, shift = self._shrunk(sums, np.array(self.strength[field]))
+        values = dict(zip(SUMS, sums, strict=True)) | {"multiplier": multiplier, "shift": shift}
+        return {"key": key.tolist(), **{column: array.tolist() for column, array in values.items()}}
 
     # -- learning ---------------------------------------------------------------------------------------
 
@@ -190,19 +181,16 @@ class SegmentCorrection:
         columns = self._columns(keys, len(p))
         if not len(p):
             return
-        slots = self._find(columns)
+        slots = self._table.insert(columns)
         # What each field finds expected: its predecessors' corrections, none of its own.
         shifts = self._shifts(slots)
         expected = sigmoid(logit_of(p) + np.cumsum(shifts, axis=0) - shifts)
-        slots = self._insert(columns, slots).ravel()
         total = float(w.sum())
         self.effective_rows += total
-        self._half_lives += total / self.config.half_life
-        scaled = w * 2.0**self._half_lives
+        self._table.advance(total / self.config.half_life)
         count = len(self.config.names)
-        self._add(slots, np.tile(scaled, count), np.tile(y, count), expected.ravel())
-        self._rescale()
-        self._evict()
+        self._add(slots.ravel(), np.tile(w, count), np.tile(y, count), expected.ravel())
+        self._table.evict()
 
     @classmethod
     def fit(
@@ -222,7 +210,7 @@ class SegmentCorrection:
         p = checked_probability(probability)
         y, w = checked_label(label, len(p)), checked_weight(weight, len(p))
         columns = segments._columns(keys, len(p))
-        slots = segments._insert(columns, segments._find(columns))
+        slots = segments._table.insert(columns)
         logit = logit_of(p)
         for field in range(len(config.names)):
             expected = sigmoid(logit)
@@ -230,7 +218,7 @@ class SegmentCorrection:
             segments._refit_field(field)
             logit = logit + segments._shifts(slots)[field]
         segments.effective_rows = float(w.sum())
-        segments._evict()
+        segments._table.evict()
         return segments
 
     def refit(self) -> None:
@@ -245,48 +233,45 @@ class SegmentCorrection:
     # -- state ------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Plain JSON data: for each field four lists, sorted by key."""
-        tables = []
-        for field in range(len(self.config.names)):
-            key, sums = self._table(field)
-            tables.append([key.tolist(), *sums.tolist()])
+        """Plain JSON data, the table as lists sorted by key."""
+        numbers = {name: float(getattr(self.config, name)) for name in _CONFIG_NUMBERS}
         return {
             "kind": "segments",
-            "config": {**asdict(self.config), "names": list(self.config.names)},
-            "strength": list(self.strength),
+            "config": {
+                "names": list(self.config.names),
+                "maximum_segments": int(self.config.maximum_segments),
+                **numbers,
+            },
+            "strength": [float(strength) for strength in self.strength],
             "effective_rows": self.effective_rows,
-            "half_lives": self._half_lives,
-            "tables": tables,
+            "table": self._table.state(),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The correction that :meth:`state` described; ``StaleStateError`` if it is none."""
-        expect_fields(state, "segments", ("config", "strength", "effective_rows", "half_lives", "tables"))
+        expect_fields(state, "segments", ("config", "strength", "effective_rows", "table"))
         config = {"kind": "segment_config", **state["config"]}
-        expect_fields(config, "segment_config", [field.name for field in fields(SegmentConfig)])
-        numbers = {name: finite(config, name) for name in ("half_life", "minimum_support", "prior_strength")}
+        expect_fields(config, "segment_config", ("names", "maximum_segments", *_CONFIG_NUMBERS))
+        numbers = {name: finite(config, name) for name in _CONFIG_NUMBERS}
         largest = int(finite(config, "maximum_segments"))
         segments = cls(SegmentConfig(tuple(config["names"]), maximum_segments=largest, **numbers))
-        clock = finite_list([state["effective_rows"], state["half_lives"]], "segment clock")
-        segments.effective_rows, segments._half_lives = clock
+        count = len(segments.strength)
         segments.strength = finite_list(state["strength"], "strength")
-        if len(segments.strength) != len(segments._slots) or len(state["tables"]) != len(segments._slots):
-            raise StaleStateError("segment state must hold one strength and one table for each field.")
-        for slots, table in zip(segments._slots, state["tables"], strict=True):
-            segments._load(slots, *_checked_table(table))
+        if len(segments.strength) != count:
+            raise StaleStateError(f"expected {count} segment strengths; got {len(segments.strength)}.")
+        segments.effective_rows = finite(state, "effective_rows")
+        segments._table = SegmentTable.from_state(state["table"], count, largest)
         return segments
 
     # -- internals --------------------------------------------------------------------------------------
 
     def _add(self, slots: IntArray, weight: FloatArray, label: FloatArray, expected: FloatArray) -> None:
-        np.add.at(self._sums[0], slots, weight * label)
-        np.add.at(self._sums[1], slots, weight * expected)
-        np.add.at(self._sums[2], slots, weight)
+        expected_clicks = weight * expected
+        self._table.add(slots, (weight * label, expected_clicks, weight, expected_clicks * (1.0 - expected)))
 
     def _refit_field(self, field: int) -> None:
-        _, sums = self._table(field)
-        positives, expected, rows = sums * 0.5**self._half_lives
+        _, (positives, expected, rows, _) = self._table.by_key(field)
         supported = (rows >= self.config.minimum_support) & (expected > 0.0)
         if supported.any():
             self.strength[field] = prior_strength(positives[supported], expected[supported])
@@ -304,92 +289,21 @@ class SegmentCorrection:
             )
         return np.ascontiguousarray(array.T, dtype=np.int64)
 
-    def _find(self, columns: IntArray) -> npt.NDArray[np.int64]:
-        """Slot of each key, -1 where it is unknown, shape (fields, n)."""
-        found = np.empty(columns.shape, dtype=np.int64)
-        for row, slots, column in zip(found, self._slots, columns, strict=True):
-            row[:] = list(map(slots.get, column.tolist(), itertools.repeat(-1)))
-        return found
-
     def _shifts(self, slots: IntArray) -> FloatArray:
         """Log-odds shift of each field for each row, shape (fields, n); 0 where the segment is unknown."""
-        known = slots >= 0
-        # Slot -1 would read some other segment's sums.
-        c, e, n = np.where(known, self._sums[:, slots] * 0.5**self._half_lives, 0.0)
-        multiplier = self._multiplier(c, e, n, np.array(self.strength)[:, None])
-        # Below 1 in exact arithmetic, with and without m; rounding must not say otherwise.
-        mean = np.minimum(e / np.where(known, n, 1.0), _LARGEST_MEAN)
+        return self._shrunk(self._table.read(slots), np.array(self.strength)[:, None])[1]
+
+    def _shrunk(self, sums: FloatArray, strength: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Multiplier and log-odds shift for the four sums along the first axis."""
+        c, e, n, v = sums
+        supported = (n >= self.config.minimum_support) & (n > 0.0)
+        multiplier = np.where(supported, (c + strength) / (e + strength), 1.0)
+        # Both below 1 in exact arithmetic; rounding must not say otherwise.
+        mean = np.minimum(e / np.where(n > 0.0, n, 1.0), _LARGEST_MEAN)
         corrected = np.minimum(multiplier * mean, _LARGEST_MEAN)
-        shift: FloatArray = np.log(multiplier) + np.log1p(-mean) - np.log1p(-corrected)
-        return shift
-
-    def _multiplier(self, c: FloatArray, e: FloatArray, n: FloatArray, strength: FloatArray) -> FloatArray:
-        """``m``, and 1 below the minimum support."""
-        multiplier: FloatArray = np.where(
-            n >= self.config.minimum_support, (c + strength) / (e + strength), 1.0
-        )
-        return multiplier
-
-    def _insert(self, columns: IntArray, slots: IntArray) -> IntArray:
-        """Give unknown keys a slot, in order of first appearance."""
-        for row, table, column in zip(slots, self._slots, columns, strict=True):
-            unknown = row < 0
-            if not unknown.any():
-                continue
-            keys = column[unknown].tolist()
-            for key in keys:
-                if key not in table:
-                    table[key] = self._free.pop() if self._free else self._append()
-            row[unknown] = [table[key] for key in keys]
-        return slots
-
-    def _load(self, slots: dict[int, int], key: list[int], sums: FloatArray) -> None:
-        slots.update((k, self._append()) for k in key)
-        self._sums[:, self._used - len(key) : self._used] = sums
-
-    def _append(self) -> int:
-        if self._used == self._sums.shape[1]:
-            self._sums = np.concatenate([self._sums, np.zeros_like(self._sums)], axis=1)
-        self._used += 1
-        return self._used - 1
-
-    def _table(self, field: int) -> tuple[IntArray, FloatArray]:
-        """Keys in increasing order and their sums (C, E, N), shape (3, segments), at the stored scale."""
-        key, slot = self._pairs(field)
-        order = np.argsort(key)
-        return key[order], self._sums[:, slot[order]]
-
-    def _pairs(self, field: int) -> tuple[IntArray, IntArray]:
-        slots = self._slots[field]
-        key = np.fromiter(slots.keys(), dtype=np.int64, count=len(slots))
-        return key, np.fromiter(slots.values(), dtype=np.int64, count=len(slots))
-
-    def _rescale(self) -> None:
-        while self._half_lives >= _RESCALE_HALF_LIVES:
-            self._half_lives -= _RESCALE_HALF_LIVES
-            self._sums *= 2.0**-_RESCALE_HALF_LIVES
-
-    def _evict(self) -> None:
-        """Where a field is over its bound, keep the best supported (of equals, the smaller keys)."""
-        for field, slots in enumerate(self._slots):
-            if len(slots) <= self.config.maximum_segments:
-                continue
-            key, slot = self._pairs(field)
-            dropped = np.lexsort((key, -self._sums[2, slot]))[
-                int(_KEPT_SHARE * self.config.maximum_segments) :
-            ]
-            self._sums[:, slot[dropped]] = 0.0
-            for gone in key[dropped].tolist():
-                self._free.append(slots.pop(gone))
+        variance = n * mean * (1.0 - mean)
+        response = np.clip(v / np.where(variance > 0.0, variance, 1.0), _SMALLEST_RESPONSE, 1.0)
+        return multiplier, (np.log(multiplier) + np.log1p(-mean) - np.log1p(-corrected)) / response
 
 
-def _checked_table(table: Any) -> tuple[list[int], FloatArray]:
-    """Keys and sums of one field's state; ``StaleStateError`` unless they can be one."""
-    key, *sums = table
-    columns = [finite_list(column, "segment sums") for column in sums]
-    if len(columns) != 3 or any(len(column) != len(key) for column in columns):
-        raise StaleStateError("a segment table must be four lists of one length.")
-    whole = all(isinstance(k, int) and -(2**63) <= k < 2**63 for k in key)
-    if not whole or any(a >= b for a, b in itertools.pairwise(key)):
-        raise StaleStateError("the keys of a segment table must be increasing 64-bit integers.")
-    return key, np.array(columns, dtype=np.float64).reshape(3, len(key))
+_CONFIG_NUMBERS = ("half_life", "minimum_support", "prior_strength")

@@ -1,0 +1,186 @@
+"""What every calibrator promises, whatever it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from calibration.base import Calibrator
+from calibration.chain import CalibrationChain
+from calibration.identity import IdentityCalibrator
+from calibration.isotonic import IsotonicCalibrator
+from calibration.link import LOGIT_LIMIT, logit_of, sigmoid
+from calibration.online import OnlineConfig, OnlinePlatt
+from calibration.platt import PlattCalibrator
+from calibration.sampling import SamplingCorrection
+from pipelines.errors import DataError, StaleStateError
+
+
+def click_log() -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    logit = rng.normal(-2.0, 1.5, 20_000)
+    return logit, (rng.random(20_000) < sigmoid(-0.4 - np.logaddexp(0, -logit))).astype(float)
+
+
+def learned_online() -> OnlinePlatt:
+    online = OnlinePlatt()
+    online.update(*click_log())
+    return online
+
+
+def learned_chain() -> CalibrationChain:
+    chain = CalibrationChain.fit(
+        *click_log(), method="isotonic", negative_sampling_rate=0.3, online=OnlineConfig()
+    )
+    chain.update(*click_log())
+    return chain
+
+
+CALIBRATORS: dict[str, Callable[[], Calibrator]] = {
+    "identity": IdentityCalibrator,
+    "sampling": lambda: SamplingCorrection(0.1),
+    "platt": lambda: PlattCalibrator.fit(*click_log()),
+    "isotonic": lambda: IsotonicCalibrator.fit(*click_log()),
+    "online": learned_online,
+    "chain": learned_chain,
+}
+
+
+@pytest.fixture(params=CALIBRATORS.values(), ids=CALIBRATORS.keys())
+def calibrator(request: pytest.FixtureRequest) -> Calibrator:
+    built: Calibrator = request.param()
+    return built
+
+
+def test_it_is_a_calibrator(calibrator: Calibrator) -> None:
+    assert isinstance(calibrator, Calibrator)
+
+
+def test_transform_is_the_sigmoid_of_transform_logit(calibrator: Calibrator) -> None:
+    logit = np.linspace(-40, 40, 2001)
+    assert (calibrator.transform(logit) == sigmoid(calibrator.transform_logit(logit))).all()
+
+
+def test_it_is_strictly_increasing(calibrator: Calibrator) -> None:
+    # Spacing 1e-6: far below any difference that matters, far above float64's at logits of 30.
+    for start in (-30.0, -9.0, -2.0, 0.0, 3.0, 25.0):
+        grid = start + 1e-6 * np.arange(10_000)
+        assert (np.diff(calibrator.transform_logit(grid)) > 0).all()
+    assert (np.diff(calibrator.transform_logit(np.linspace(-30, 30, 100_001))) > 0).all()
+
+
+def test_no_rank_is_lost(calibrator: Calibrator) -> None:
+    logit, label = click_log()
+    assert roc_auc_score(label, calibrator.transform(logit)) == roc_auc_score(label, logit)
+
+
+def test_probabilities_are_never_zero_nor_one(calibrator: Calibrator) -> None:
+    p = calibrator.transform([-np.inf, -1e308, -35.0, 35.0, 1e308, np.inf])
+    assert ((p > 0) & (p < 1)).all()
+    assert np.isfinite(np.log(p)).all()
+    assert np.isfinite(np.log1p(-p)).all()
+    assert (np.diff(p) >= 0).all()
+
+
+def test_infinities_count_as_the_limit(calibrator: Calibrator) -> None:
+    limit = calibrator.transform_logit([-LOGIT_LIMIT, LOGIT_LIMIT])
+    assert (calibrator.transform_logit([-np.inf, np.inf]) == limit).all()
+
+
+def test_one_row_alone_gets_what_it_gets_among_many(calibrator: Calibrator) -> None:
+    # Serving scores one row, a batch job a million: not one bit may differ.
+    logit = np.random.default_rng(1).normal(-2, 4, 500)
+    together = calibrator.transform(logit)
+    alone = np.array([calibrator.transform(logit[i : i + 1])[0] for i in range(500)])
+    assert (alone == together).all()
+    assert (calibrator.transform(logit[::-1]) == together[::-1]).all()
+    assert (calibrator.transform(np.repeat(logit, 3)[::3]) == together).all()
+
+
+def test_transforming_changes_neither_the_calibrator_nor_its_input(calibrator: Calibrator) -> None:
+    logit = np.array([-np.inf, -50.0, 0.0, 50.0])
+    before, state = logit.copy(), json.dumps(calibrator.state())
+    calibrator.transform(logit)
+    calibrator.transform_logit(logit)
+    assert (logit == before).all()
+    assert json.dumps(calibrator.state()) == state
+
+
+def test_state_goes_through_json_and_back_to_the_bit(calibrator: Calibrator) -> None:
+    text = json.dumps(calibrator.state(), allow_nan=False)
+    restored = type(calibrator).from_state(json.loads(text))
+    logit = np.random.default_rng(2).normal(-2, 5, 5_000)
+    assert json.dumps(restored.state()) == text
+    assert (restored.transform_logit(logit) == calibrator.transform_logit(logit)).all()
+
+
+def test_a_foreign_or_incomplete_state_is_refused(calibrator: Calibrator) -> None:
+    state = calibrator.state()
+    for broken in ({}, {**state, "kind": "other"}, {**state, "surprise": 1}, {"kind": state["kind"]}):
+        if broken != state:
+            with pytest.raises(StaleStateError):
+                type(calibrator).from_state(broken)
+
+
+def test_no_rows_in_no_rows_out(calibrator: Calibrator) -> None:
+    assert calibrator.transform([]).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("logit", "message"),
+    [
+        ([0.0, float("nan")], "NaN.*row 1"),
+        ([[0.0]], "shape"),
+        (0.0, "shape"),
+        (["much"], "numbers"),
+        ([None], "NaN|numbers"),
+    ],
+)
+def test_bad_logits_are_an_error_that_says_where(calibrator: Calibrator, logit: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        calibrator.transform(logit)  # type: ignore[arg-type]
+
+
+def test_smaller_floats_and_integers_are_taken_as_they_are(calibrator: Calibrator) -> None:
+    exact = np.array([-2.0, 0.0, 1.0])
+    for kind in (np.float32, np.float16, np.int64):
+        assert (calibrator.transform(exact.astype(kind)) == calibrator.transform(exact)).all()
+
+
+@pytest.mark.parametrize(
+    ("label", "weight", "message"),
+    [
+        ([0, 2], None, "label.*2.0 at row 1"),
+        ([0, -1], None, "label"),
+        ([0, float("nan")], None, "label"),
+        ([0], None, "1 labels for 2 rows"),
+        ([0, 1], [1.0], "1 weights for 2 rows"),
+        ([0, 1], [1.0, 0.0], "weight.*0.0 at row 1"),
+        ([0, 1], [1.0, -1.0], "weight"),
+        ([0, 1], [1.0, float("nan")], "weight"),
+        ([0, 1], [1.0, float("inf")], "weight"),
+    ],
+)
+def test_bad_labels_and_weights_are_refused_wherever_rows_are_learned_from(
+    label: list, weight: list | None, message: str
+) -> None:
+    learners = (
+        PlattCalibrator.fit,
+        IsotonicCalibrator.fit,
+        CalibrationChain.fit,
+        OnlinePlatt().update,
+        CalibrationChain(online=OnlinePlatt()).update,
+    )
+    for learn in learners:
+        with pytest.raises(DataError, match=message):
+            learn([0.0, 1.0], label, weight)
+
+
+def test_logit_of_undoes_sigmoid() -> None:
+    logit = np.linspace(-30, 12, 500)
+    assert logit_of(sigmoid(logit)) == pytest.approx(logit, abs=1e-9)
+    assert logit_of([0.0, 1.0]).tolist() == [-LOGIT_LIMIT, LOGIT_LIMIT]
