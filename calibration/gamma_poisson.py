@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy.special import gammaln
 
 from calibration.link import FloatArray
 
@@ -46,6 +45,9 @@ def prior_strength(positives: FloatArray, expected: FloatArray) -> float:
     >>> round(prior_strength(counts, expected))
     20
     """
+
+    # Imported here: serving loads this module and never refits, and scipy.special takes a while.
+    from scipy.special import gammaln
 
     def log_likelihood(log_a: float) -> float:
         a = math.exp(log_a)
