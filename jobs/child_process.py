@@ -252,6 +252,16 @@ class Server:
             with contextlib.suppress(psutil.NoSuchProcess):
                 psutil.Process(self.record.pid).terminate()
         self._end_members(grace_s)
+        self._clear_up()
+
+    def kill(self) -> None:
+        """End the server as a crash would, and remove its record."""
+        for process in self._members():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._clear_up()
+
+    def _clear_up(self) -> None:
         if self._process is not None:
             if self._process.stdin is not None:
                 self._process.stdin.close()

@@ -20,7 +20,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -84,7 +84,8 @@ class TaskFiles:
     calibrator_state : mapping
         ``state()`` of the calibrator: plain JSON data.
     sampling : mapping
-        Sampling constants, such as ``negative_sampling_rate``.
+        Sampling constants for the manifest's readers; by default the calibrator's
+        ``negative_sampling_rate``.
     """
 
     model_kind: ModelKind
@@ -164,7 +165,7 @@ def write_release(
         epoch=epoch,
         step=step,
         parent=parent,
-        tasks={task: TaskEntry(model=t.model_kind, sampling=dict(t.sampling)) for task, t in tasks.items()},
+        tasks={task: TaskEntry(model=t.model_kind, sampling=_sampling(t)) for task, t in tasks.items()},
         feature_spec_digest=spec.digest(),
         hash_seed=spec.hash_seed,
         segments=segments,
@@ -241,6 +242,7 @@ class Release:
         for task, entry in manifest.tasks.items():
             own = {name.split("/", 1)[1]: data for name, data in files.items() if name.startswith(f"{task}/")}
             calibrators[task] = CalibrationChain.from_state(json.loads(own.pop(CALIBRATOR)))
+            _check_segments(path / task, calibrators[task], manifest)
             models[task] = _load_model(entry.model, own, spec)
         return cls(path, manifest, spec, files[CONFIG].decode(), models, calibrators)
 
@@ -277,9 +279,9 @@ class Release:
         """sha256 of what the release is: its files and its place in the line, hexadecimal."""
         return self.manifest.digest
 
-    def encode(self, rows: list[Mapping[str, Any]]) -> Encoded:
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> Encoded:
         """Encode impressions given as mappings with this release's spec and segments."""
-        return encode_rows(rows, self.spec, self.segments)
+        return encode_rows(list(rows), self.spec, self.segments)
 
     def logit(self, encoded: Encoded) -> dict[Task, NDArray[np.float64]]:
         """The models' logits, before calibration, each of shape (n,)."""
@@ -336,6 +338,20 @@ def _load_model(kind: ModelKind, files: Mapping[str, bytes], spec: FeatureSpec) 
     from models.student import Student
 
     return Student.from_files(files, spec)
+
+
+def _check_segments(where: Path, calibrator: CalibrationChain, manifest: Manifest) -> None:
+    # Columns in another order would be corrected by other segments' factors, and nobody would notice.
+    if calibrator.segments is not None and calibrator.segments.config.names != manifest.segments:
+        raise StaleStateError(
+            f"{where / CALIBRATOR}: expected the calibration segments {manifest.segments}. "
+            f"Received: {calibrator.segments.config.names}."
+        )
+
+
+def _sampling(parts: TaskFiles) -> dict[str, float]:
+    rate = parts.calibrator_state.get("negative_sampling_rate")
+    return dict(parts.sampling) or ({} if rate is None else {"negative_sampling_rate": rate})
 
 
 def _plain(name: str) -> str:

@@ -19,7 +19,9 @@ GRACE_S = 15.0  # Kafka flushes its logs and MLflow ends its requests well withi
 
 def end_with_starter(child: subprocess.Popen[bytes]) -> None:
     """Wait for the end of standard input, then stop the command and whatever it started."""
-    sys.stdin.buffer.read()
+    # Not sys.stdin: its lock would be held by this thread when the main one ends the interpreter.
+    while os.read(0, 4096):
+        pass
     child.terminate()
     try:
         child.wait(GRACE_S)
