@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from models.base import sigmoid
 from pipelines.errors import ConfigError
+from pipelines.training_set import TrainingSet
 
 __all__ = [
     "cure_base_rate",
     "cure_derivatives",
     "cure_loss",
     "cure_posterior",
+    "cured_log_loss",
     "distillation_gradient",
     "policy_gradient",
     "policy_weights",
@@ -156,3 +158,9 @@ def cure_base_rate(label: Array, observed_share: Array, weight: Array) -> float:
     positives = float(np.sum(weight * label, dtype=np.float64))
     rate = positives / exposure if exposure > 0.0 else 0.5
     return min(max(rate, 1e-6), 1.0 - 1e-6)
+
+
+def cured_log_loss(logit: NDArray[np.float64], rows: TrainingSet) -> float:
+    """Weighted mean of the cure-model loss: the log loss, where all rows are mature."""
+    loss = cure_loss(logit, rows.label.astype(np.float64), rows.observed_share.astype(np.float64))
+    return float(np.average(loss, weights=rows.weight.astype(np.float64)))

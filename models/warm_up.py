@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from models.losses import cure_base_rate, cure_derivatives, cure_loss
+from models.losses import cure_base_rate, cure_derivatives, cured_log_loss
 from pipelines.errors import DataError
 from pipelines.training_set import TrainingSet
 
 if TYPE_CHECKING:
     from models.student import Student
 
-__all__ = ["WarmUp", "cured_log_loss", "warm_up"]
+__all__ = ["WarmUp", "warm_up"]
 
 # Epochs without a better validation loss before training stops.
 _PATIENCE = 2
@@ -83,12 +83,6 @@ def warm_up(student: Student, train: TrainingSet, validation: TrainingSet | None
         student.load_state(best)
     student.freeze()
     return WarmUp(int(np.argmin(losses)) + 1 if losses else student.config.warmup_epochs, tuple(losses))
-
-
-def cured_log_loss(logit: NDArray[np.float64], rows: TrainingSet) -> float:
-    """Weighted mean of the cure-model loss: the log loss, where all rows are mature."""
-    loss = cure_loss(logit, rows.label.astype(np.float64), rows.observed_share.astype(np.float64))
-    return float(np.average(loss, weights=rows.weight.astype(np.float64)))
 
 
 def _one_epoch(student: Student, train: TrainingSet, weight: NDArray[np.float64]) -> None:

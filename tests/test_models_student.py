@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from models.base import sigmoid
+from models.losses import cured_log_loss
 from models.network import Layout, forward, initial_weights
 from models.optimizers import Adam, TableAdagrad
 from models.student import LearnBatch, Student
-from models.warm_up import cured_log_loss
 from pipelines.config import StudentConfig
 from pipelines.errors import ConfigError, DataError, StaleStateError
 from pipelines.feature_spec import Categorical, Cross, FeatureSpec, Numeric, Sequence
