@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
     from jobs.broker import Broker
 
 
@@ -18,3 +20,15 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
     with Broker(tmp_path_factory.mktemp("broker")).start() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def spark() -> Iterator[SparkSession]:
+    """A real local Spark with its Kafka connector, shared by all tests."""
+    from jobs.jars import resolve
+    from pipelines.spark_session import spark_session, stop_spark
+
+    jars = sorted(resolve("spark-kafka").glob("*.jar"))
+    session = spark_session("ctrstream-tests", master="local[2]", jars=jars)
+    yield session
+    stop_spark(session)

@@ -1,0 +1,105 @@
+"""``samples ingest``: Kafka topics or event files into the lake, each offset and each event file once."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipelines.config import Config
+from pipelines.events import KINDS
+from pipelines.lake import lake_version
+from pipelines.lake_rows import DEAD_LETTER_KIND
+
+if TYPE_CHECKING:
+    from pyspark.sql import SparkSession
+
+__all__ = ["IngestReport", "ingest"]
+
+
+@dataclass(frozen=True)
+class IngestReport:
+    """What one run added to the lake.
+
+    Attributes
+    ----------
+    rows : dict of str to int
+        Rows by kind, duplicates included: they are dropped when samples are built.
+    dead_letters : int
+        Rows that could not be used; they are in the lake with reason and position.
+    messages : int
+        Kafka messages read (a packed message holds many rows).
+    files, files_known : list of str
+        Event files taken in by this run; those that were in the lake already.
+    lake_version : str
+        `pipelines.lake.lake_version` afterwards.
+    """
+
+    rows: dict[str, int]
+    dead_letters: int
+    messages: int = 0
+    files: list[str] = field(default_factory=list)
+    files_known: list[str] = field(default_factory=list)
+    lake_version: str = ""
+
+    def to_json(self) -> str:
+        """The report as one JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+
+def ingest(
+    spark: SparkSession,
+    lake: Path,
+    config: Config,
+    *,
+    bootstrap_servers: str | None = None,
+    events: Path | None = None,
+    continuous: bool = False,
+) -> IngestReport:
+    """Add new events to the lake.
+
+    Parameters
+    ----------
+    spark : SparkSession
+        For Kafka, with its connector jars.
+    lake : Path
+    config : Config
+        Topics and options of Kafka.
+    bootstrap_servers : str, optional
+        Kafka to read; by default the configured one. Not with ``events``.
+    events : Path, optional
+        Folder with ``impressions*``, ``clicks*`` and ``conversions*`` files (.jsonl, .parquet).
+    continuous : bool
+        Kafka only: go on until interrupted, instead of ending with what is there now.
+
+    Raises
+    ------
+    DataError
+        If the folder has no event files, a file's content changed since it was ingested, a topic is
+        missing, or the broker no longer holds the next offsets.
+    TransientError
+        If no broker answers.
+    """
+    messages = 0
+    files: list[str] = []
+    known: list[str] = []
+    if events is not None:
+        from jobs.samples_files import ingest_files
+
+        counts, files, known = ingest_files(spark, lake, events)
+    else:
+        from jobs.samples_kafka import ingest_kafka
+
+        kafka = config.kafka
+        if bootstrap_servers is not None:
+            kafka = kafka.model_copy(update={"bootstrap_servers": bootstrap_servers})
+        counts, messages = ingest_kafka(spark, lake, kafka, continuous=continuous)
+    return IngestReport(
+        rows={kind: counts[kind] for kind in KINDS},
+        dead_letters=counts[DEAD_LETTER_KIND],
+        messages=messages,
+        files=files,
+        files_known=known,
+        lake_version=lake_version(lake),
+    )
