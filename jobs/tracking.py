@@ -31,11 +31,14 @@ Metric = tuple[str, float, int, int]  # key, value, step, timestamp (event time,
 ALIASES = ("champion", "challenger", "teacher", "last_good")
 
 KEY_TAG = "ctrstream.key"
-RELEASE_TAG = "ctrstream.release"
-DIGEST_TAG = "ctrstream.digest"
+RELEASE_TAG = "release"
+DIGEST_TAG = "digest"
 _NOTE_TAG = "mlflow.note.content"
-# Without it the page opens in MLflow's GenAI view, where runs and charts are hard to find.
+# The kind of the experiment. MLflow's 3.17 page does not look at it where no view was chosen yet and opens
+# its GenAI view, in which runs and charts are hard to find; the parameter chooses.
 _EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+_TRAINING_VIEW = "?workflowType=machine_learning"
+_SOURCE_TAGS = {"mlflow.source.name": "ctrstream", "mlflow.source.type": "LOCAL"}
 # MLflow's own limits.
 _METRICS_PER_BATCH = 1000
 _PARAMS_PER_BATCH = 100
@@ -46,6 +49,7 @@ _CUT = "\n\n(cut here: longer than MLflow keeps)"
 _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
 }
@@ -122,7 +126,7 @@ class Tracking:
         if "'" in key:
             raise ConfigError(f"the key of a run must hold no quote. Received: {key!r}.")
         experiment, client = self.experiment_id(), self.client()
-        all_tags = {**(tags or {}), KEY_TAG: key}
+        all_tags = {**_SOURCE_TAGS, **(tags or {}), KEY_TAG: key}
         with self.errors():
             found = client.search_runs([experiment], f"tags.`{KEY_TAG}` = '{key}'", max_results=1)
             if not found:
@@ -134,13 +138,18 @@ class Tracking:
         run.set_tags(all_tags)
         return run
 
-    def run_url(self, run_id: str) -> str:
-        """Address of a run's page."""
-        return f"{self.uri}/#/experiments/{self.experiment_id()}/runs/{run_id}"
+    def experiment_url(self) -> str:
+        """Address of the page that lists the runs and charts their metrics together."""
+        return f"{self.uri}/#/experiments/{self.experiment_id()}/runs{_TRAINING_VIEW}&compareRunsMode=CHART"
+
+    def run_url(self, run_id: str, tab: str = "") -> str:
+        """Address of a run's page, or of one of its tabs: ``model-metrics``, ``artifacts``."""
+        page = f"{self.uri}/#/experiments/{self.experiment_id()}/runs/{run_id}"
+        return f"{page}/{tab}{_TRAINING_VIEW}" if tab else page + _TRAINING_VIEW
 
     def model_url(self) -> str:
         """Address of the registered model's page."""
-        return f"{self.uri}/#/models/{self.registered_model}"
+        return f"{self.uri}/#/models/{self.registered_model}{_TRAINING_VIEW}"
 
     def is_up(self) -> bool:
         """Whether the server answers a query now."""
@@ -325,7 +334,8 @@ class Run:
                 self.log_artifacts(release, folder)  # 2
                 version = client.create_model_version(  # 3
                     model,
-                    f"runs:/{self.run_id}/{folder}",
+                    # Not runs:/..., which the server itself cannot resolve when its page shows the files.
+                    f"{client.get_run(self.run_id).info.artifact_uri}/{folder}",
                     self.run_id,
                     tags={RELEASE_TAG: manifest.name, DIGEST_TAG: manifest.digest, "kind": manifest.kind},
                     description=_describe(manifest),
@@ -398,7 +408,6 @@ def _as_ours(uri: str, status: int, message: str) -> TransientError | DataError:
 def _describe(manifest: Manifest) -> str:
     tasks = ", ".join(f"{task} ({entry.model})" for task, entry in manifest.tasks.items())
     rows = {
-        "release": f"`{manifest.name}`",
         "tasks": tasks,
         "parent": f"`{manifest.parent}`" if manifest.parent else "none",
         "events learned": f"{manifest.learned_events:,}",
@@ -407,4 +416,6 @@ def _describe(manifest: Manifest) -> str:
         "feature spec": f"`{manifest.feature_spec_digest[:16]}`",
         "digest": f"`{manifest.digest[:16]}`",
     }
-    return "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    # The list of versions shows the first line only.
+    table = "| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"{manifest.name}\n\n{table}"

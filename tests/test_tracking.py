@@ -24,6 +24,7 @@ from jobs.tracking import Tracking
 from jobs.tracking_outbox import Drain, TrackingOutbox
 from pipelines.errors import ConfigError, DataError, SetupError, StaleStateError, TransientError
 from pipelines.feature_spec import Categorical, FeatureSpec
+from tests.browser import browser_page
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d4948445200000001000000010802000000907753de"
@@ -244,9 +245,9 @@ def test_release_is_registered_once_with_its_files_and_aliases_move(
     assert run.register(second, ["champion"]) == "2"
     client, model = tracking.client(), tracking.registered_model
     champion = client.get_model_version_by_alias(model, "champion")
-    assert (champion.version, champion.tags["ctrstream.release"]) == ("2", "student-0001-0000000008")
+    assert (champion.version, champion.tags["release"]) == ("2", "student-0001-0000000008")
     good = client.get_model_version_by_alias(model, "last_good")
-    assert good.tags["ctrstream.digest"] == json.loads((first / "MANIFEST.json").read_text())["digest"]
+    assert good.tags["digest"] == json.loads((first / "MANIFEST.json").read_text())["digest"]
     assert "12,345" in str(good.description)
     fetched = client.download_artifacts(run.run_id, f"releases/{first.name}", str(tmp_path))
     assert {p.name: p.read_bytes() for p in Path(fetched).rglob("*") if p.is_file()} == {
@@ -264,6 +265,40 @@ def test_another_release_of_the_same_name_is_not_registered(tracking: Tracking, 
 def test_an_unknown_alias_is_refused(tracking: Tracking, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="champion, challenger, teacher, last_good"):
         tracking.run("worker").register(a_release(tmp_path), ["winner"])
+
+
+# ---- the page ----
+
+
+def test_page_shows_note_charts_by_section_report_and_registered_release_with_its_alias(
+    tracking: Tracking, tmp_path: Path
+) -> None:
+    run = tracking.run("worker", {"job": "stream"})
+    for hour in range(24):
+        point = (hour, 1_700_000_000_000 + hour * HOUR)
+        run.log_metrics([("quality/ne", 0.9 - hour / 100, *point), ("calib/pcoc", 1.0 + hour / 1000, *point)])
+    run.note("## Verdict: good\n\n| figure | student | teacher |\n|---|---|---|\n| NE | 0.67 | 0.71 |\n")
+    (tmp_path / "report.html").write_text("<h1>One page</h1>")
+    run.log_artifact(tmp_path / "report.html")
+    run.register(a_release(tmp_path / "releases"), ["champion"])
+    with browser_page(width=1400, height=1200) as browser:
+        page = browser.page
+
+        def shows(url: str, *texts: str) -> None:
+            page.goto(url)
+            for text in texts:
+                page.get_by_text(text).first.wait_for(timeout=30_000)
+
+        shows(tracking.run_url(run.run_id), "Verdict: good", "0.71", "Model training", "calib/pcoc")
+        cells = page.get_by_role("cell").all_inner_texts()
+        assert {"NE", "0.67"} <= {text.strip() for text in cells}
+        shows(tracking.run_url(run.run_id, "model-metrics"), "calib", "quality", "pcoc")
+        page.locator(".js-plotly-plot .scatterlayer .trace").first.wait_for(timeout=30_000)
+        shows(tracking.experiment_url(), "quality", "worker")
+        shows(tracking.run_url(run.run_id, "artifacts/report.html"), "report.html")
+        page.frame_locator("iframe").get_by_text("One page").wait_for(timeout=30_000)
+        shows(tracking.model_url(), "champion", "student-0001-0000000007", "Version 1")
+    assert not [url for url in browser.requests if not url.startswith((tracking.uri, "blob:", "about:"))]
 
 
 # ---- the outbox ----
