@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
 from pipelines.errors import DataError
+from pipelines.event_files import MALFORMED_FILE
 from pipelines.events import KINDS, TOPICS
 from pipelines.lake import (
     PARTITION_COLUMNS,
@@ -29,12 +30,14 @@ from pipelines.lake import (
     files_folder,
     with_partitions,
 )
-from pipelines.lake_rows import ALL_KINDS, LAKE_SCHEMA, parquet_rows, text_rows
+from pipelines.lake_rows import ALL_KINDS, LAKE_SCHEMA, malformed_rows, parquet_rows, text_rows
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
 __all__ = ["ingest_files"]
+
+_MALFORMED = "malformed"
 
 
 def ingest_files(spark: SparkSession, lake: Path, events: Path) -> tuple[Counter[str], list[str], list[str]]:
@@ -86,20 +89,32 @@ def _fresh(
 
 
 def _find_files(events: Path) -> list[tuple[Path, IngestedFile]]:
-    found = []
-    for kind, stem in zip(KINDS, TOPICS, strict=True):
-        for suffix in (".jsonl", ".parquet"):
-            for path in sorted(events.glob(f"{stem}*{suffix}")):
-                with path.open("rb") as handle:
-                    digest = hashlib.file_digest(handle, "sha256").hexdigest()
-                size = path.stat().st_size
-                found.append((path, IngestedFile(kind=kind, name=path.name, bytes=size, sha256=digest)))
-    if not any(file.kind == KINDS[0] for _, file in found):
+    """The files of a log, by the rules of `pipelines.event_files`."""
+    try:
+        entries = sorted(events.iterdir())
+    except OSError as error:
+        raise DataError(f"cannot read the event folder {events}: {error.strerror}.") from error
+    found = [
+        (path, kind)
+        for kind, topic in zip(KINDS, TOPICS, strict=True)
+        for path in entries
+        if path.name.startswith(topic) and path.suffix in (".jsonl", ".parquet") and path.is_file()
+    ]
+    if not any(kind == KINDS[0] for _, kind in found):
+        names = ", ".join(path.name for path in entries[:12])
         raise DataError(
-            f"expected impressions*.parquet or impressions*.jsonl in {events}. Found none.",
-            hint="clicks* and conversions* lie beside them; every further column of impressions is a feature",
+            f"expected impressions*.jsonl or impressions*.parquet in {events}. "
+            f"The folder has: {names or '(nothing)'}.",
+            hint="`ctrstream simulate --out DIR` writes an example",
         )
-    return found
+    found += [(path, _MALFORMED) for path in entries if path.name == MALFORMED_FILE]
+    return [(path, _describe(path, kind)) for path, kind in found]
+
+
+def _describe(path: Path, kind: str) -> IngestedFile:
+    with path.open("rb") as handle:
+        digest = hashlib.file_digest(handle, "sha256").hexdigest()
+    return IngestedFile(kind=kind, name=path.name, bytes=path.stat().st_size, sha256=digest)
 
 
 def _write_batch(
@@ -112,12 +127,15 @@ def _write_batch(
         paths = [path for path, file in fresh if file.kind == name]
         texts = [path for path in paths if path.suffix == ".jsonl"]
         if texts:
-            frames.append(_text_frame(spark, kind, texts))
+            frames.append(_text_frame(spark, texts, partial(text_rows, kind=kind)))
         by_schema: dict[str, list[Path]] = {}
         for path in paths:
             if path.suffix == ".parquet":
                 by_schema.setdefault(str(pq.read_schema(path).remove_metadata()), []).append(path)
         frames.extend(_parquet_frame(spark, kind, group) for group in by_schema.values())
+    malformed = [path for path, file in fresh if file.kind == _MALFORMED]
+    if malformed:
+        frames.append(_text_frame(spark, malformed, malformed_rows))
     rows = frames[0]
     for frame in frames[1:]:
         rows = rows.union(frame)
@@ -127,7 +145,7 @@ def _write_batch(
     return Counter({kind: int(observation.get[kind]) for kind in ALL_KINDS})
 
 
-def _text_frame(spark: SparkSession, kind: int, paths: Sequence[Path]) -> DataFrame:
+def _text_frame(spark: SparkSession, paths: Sequence[Path], read: Callable[..., Any]) -> DataFrame:
     lines = spark.read.text([str(path) for path in paths]).selectExpr(
         "_metadata.file_name AS file", "_metadata.file_block_start AS block", "value"
     )
@@ -138,7 +156,7 @@ def _text_frame(spark: SparkSession, kind: int, paths: Sequence[Path]) -> DataFr
     for part in sorted(lines.groupBy("file", "block").count().collect()):
         first_line[part["file"], part["block"]] = following[part["file"]]
         following[part["file"]] += part["count"]
-    return lines.mapInArrow(partial(text_rows, kind=kind, first_line=first_line), ddl(LAKE_SCHEMA))
+    return lines.mapInArrow(partial(read, first_line=first_line), ddl(LAKE_SCHEMA))
 
 
 def _parquet_frame(spark: SparkSession, kind: int, paths: Sequence[Path]) -> DataFrame:

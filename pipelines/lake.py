@@ -25,7 +25,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipelines.errors import DataError
-from pipelines.lake_rows import ALL_KINDS, LAKE_SCHEMA
+from pipelines.lake_rows import ALL_KINDS, DEAD_LETTER_KIND, LAKE_SCHEMA
 
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
@@ -113,13 +113,17 @@ def ddl(schema: pa.Schema) -> str:
 
 
 def with_partitions(rows: DataFrame) -> DataFrame:
-    """Add ``event_date`` (``yyyy-MM-dd``) and ``event_hour`` (UTC); a dead letter goes by its arrival."""
+    """Add ``event_date`` (``yyyy-MM-dd``) and ``event_hour`` (UTC).
+
+    A dead letter goes by the date of its arrival, all hours together: there should be few.
+    """
     from pyspark.sql import functions as F
 
     moment = F.timestamp_millis(F.coalesce("event_time", "arrival_time"))
+    hour = F.when(F.col("kind") == DEAD_LETTER_KIND, 0).otherwise(F.hour(moment))
     return rows.withColumn(
         "event_date", F.coalesce(F.date_format(moment, "yyyy-MM-dd"), F.lit(UNKNOWN_DATE))
-    ).withColumn("event_hour", F.coalesce(F.hour(moment), F.lit(0)))
+    ).withColumn("event_hour", hour)
 
 
 def count_kinds() -> list[Column]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress, pairwise
 from typing import Any
 
 import numpy as np
@@ -15,12 +16,22 @@ import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipelines.codec import Decoded, decode_messages, features_to_json
+from pipelines.codec import Decoded, decode_json, decode_messages, features_to_json, is_packed
 from pipelines.conform import conform
+from pipelines.errors import DataError
+from pipelines.event_file_reading import row_as_json
 from pipelines.events import IMPRESSION, KINDS, TOPICS, contract_schema
 from pipelines.validation import validate
 
-__all__ = ["ALL_KINDS", "DEAD_LETTER_KIND", "LAKE_SCHEMA", "kafka_rows", "parquet_rows", "text_rows"]
+__all__ = [
+    "ALL_KINDS",
+    "DEAD_LETTER_KIND",
+    "LAKE_SCHEMA",
+    "kafka_rows",
+    "malformed_rows",
+    "parquet_rows",
+    "text_rows",
+]
 
 DEAD_LETTER_KIND = "dead_letter"
 ALL_KINDS = (*KINDS, DEAD_LETTER_KIND)
@@ -93,7 +104,7 @@ def kafka_rows(batches: Iterable[pa.RecordBatch], topics: Mapping[str, int]) -> 
                     messages.row_in_message,
                     part.column("timestamp").to_numpy()[messages.message],
                 )
-                raw = [payloads[message] for message in messages.message] if messages.decoded.rejected else []
+                raw = [payloads[message] for message in messages.message]
                 yield from _lake_rows(kind, messages.decoded, origin, raw)
 
 
@@ -112,23 +123,32 @@ def text_rows(
     first_line : mapping of (str, int) to int
         Number of the first line of each block.
     """
-    following = dict(first_line)
-    for batch in batches:
-        files = batch.column("file").to_numpy(zero_copy_only=False)
-        blocks = batch.column("block").to_numpy()
-        changes = np.flatnonzero((files[1:] != files[:-1]) | (blocks[1:] != blocks[:-1])) + 1
-        for start, stop in zip([0, *changes], [*changes, len(files)], strict=True):
-            if stop == start:
-                continue
-            place = str(files[start]), int(blocks[start])
-            line = following[place] + np.arange(stop - start)
-            following[place] += stop - start
-            payloads = batch.column("value").slice(start, stop - start).cast(pa.binary()).to_pylist()
-            filled = np.array([bool(payload and payload.strip()) for payload in payloads])
-            payloads = [payload for payload, is_filled in zip(payloads, filled, strict=True) if is_filled]
-            decoded = decode_messages(kind, payloads).decoded
-            zeros = np.zeros(len(payloads), np.int32)
-            yield from _lake_rows(kind, decoded, _Origin(place[0], zeros, line[filled], zeros), payloads)
+    for file, number, lines in _numbered_lines(batches, first_line):
+        zeros = np.zeros(len(lines), np.int32)
+        decoded = decode_messages(kind, lines).decoded
+        yield from _lake_rows(kind, decoded, _Origin(file, zeros, number, zeros), lines)
+
+
+def malformed_rows(
+    batches: Iterable[pa.RecordBatch], first_line: Mapping[tuple[str, int], int]
+) -> Iterator[pa.RecordBatch]:
+    """Decode raw messages of all topics: lines of ``topic``, ``value`` and ``arrival_time``.
+
+    Sources are named ``FILE:TOPIC``, as `pipelines.event_files` does. Parameters as for `text_rows`.
+
+    Raises
+    ------
+    DataError
+        If a line is not of that form.
+    """
+    for file, number, lines in _numbered_lines(batches, first_line):
+        raw = [_raw_message(file, n, line) for n, line in zip(number.tolist(), lines, strict=True)]
+        for kind, topic in enumerate(TOPICS):
+            rows = np.array([row for row, message in enumerate(raw) if message[0] == kind], np.int64)
+            values: list[bytes | None] = [raw[row][1] for row in rows]
+            zeros, received = np.zeros(len(rows), np.int32), np.array([raw[row][2] for row in rows], np.int64)
+            origin = _Origin(f"{file}:{topic}", zeros, number[rows], zeros, received)
+            yield from _lake_rows(kind, decode_json(kind, values), origin, values)
 
 
 def parquet_rows(batches: Iterable[pa.RecordBatch], kind: int) -> Iterator[pa.RecordBatch]:
@@ -142,25 +162,56 @@ def parquet_rows(batches: Iterable[pa.RecordBatch], kind: int) -> Iterator[pa.Re
         IMPRESSION, CLICK or CONVERSION.
     """
     for batch in batches:
-        table = pa.Table.from_batches([batch])
-        source = table.column("_source").to_numpy()
-        changes = np.flatnonzero(source[1:] != source[:-1]) + 1
-        for start, stop in zip([0, *changes], [*changes, len(source)], strict=True):
-            if stop > start:
-                part = table.slice(start, stop - start)
-                name = str(source[start])
-                zeros = np.zeros(stop - start, np.int32)
-                origin = _Origin(name, zeros, part.column("_offset").to_numpy(), zeros)
-                conformed = conform(kind, part.drop_columns(["_source", "_offset"]), name)
-                yield from _lake_rows(
-                    kind, Decoded(conformed, np.arange(stop - start), {}, stop - start), origin, []
-                )
+        for start, stop in _runs(batch.column("_source")):
+            part = pa.Table.from_batches([batch.slice(start, stop - start)])
+            name, n = part.column("_source")[0].as_py(), stop - start
+            zeros = np.zeros(n, np.int32)
+            origin = _Origin(name, zeros, part.column("_offset").to_numpy(), zeros)
+            conformed = conform(kind, part.drop_columns(["_source", "_offset"]), name)
+            yield from _lake_rows(kind, Decoded(conformed, np.arange(n), {}, n), origin, [None] * n)
+
+
+def _runs(*columns: pa.Array) -> Iterator[tuple[int, int]]:
+    """Stretches of rows, ``[start, stop)``, in which no column changes."""
+    n = len(columns[0])
+    changes = np.zeros(max(n - 1, 0), np.bool_)
+    for column in columns:
+        values = column.to_numpy(zero_copy_only=False)
+        changes |= values[1:] != values[:-1]
+    ends = [0, *(np.flatnonzero(changes) + 1).tolist(), n]
+    return ((start, stop) for start, stop in pairwise(ends) if start < stop)
+
+
+def _numbered_lines(
+    batches: Iterable[pa.RecordBatch], first_line: Mapping[tuple[str, int], int]
+) -> Iterator[tuple[str, NDArray[np.int64], list[bytes | None]]]:
+    """File, line numbers and lines, stretch by stretch; lines without text are left out."""
+    following = dict(first_line)
+    for batch in batches:
+        for start, stop in _runs(batch.column("file"), batch.column("block")):
+            place = batch.column("file")[start].as_py(), batch.column("block")[start].as_py()
+            number = following[place] + np.arange(stop - start)
+            following[place] += stop - start
+            lines = batch.column("value").slice(start, stop - start).cast(pa.binary()).to_pylist()
+            filled = np.array([bool(line.strip()) for line in lines], np.bool_)
+            yield place[0], number[filled], list(compress(lines, filled))
+
+
+def _raw_message(file: str, number: int, line: bytes | None) -> tuple[int, bytes, int]:
+    try:
+        message = orjson.loads(line or b"")
+        return TOPICS.index(message["topic"]), message["value"].encode(), int(message["arrival_time"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{file} line {number + 1}: expected an object with topic (one of {', '.join(TOPICS)}), value "
+            f"(text) and arrival_time (ms). Received: {(line or b'')[:200].decode(errors='replace')}."
+        ) from error
 
 
 def _lake_rows(
     kind: int, decoded: Decoded, origin: _Origin, payloads: Sequence[bytes | None]
 ) -> Iterator[pa.RecordBatch]:
-    """Valid rows, then dead letters; ``payloads`` by input row, empty where there is no text to keep."""
+    """Valid rows, then dead letters; ``payloads`` by input row, None where the row has no text of its own."""
     ok, reasons = validate(kind, decoded.table)
     table = decoded.table if ok.all() else decoded.table.filter(pa.array(ok))
     columns = {name: table.column(name) for name in table.column_names if name in LAKE_SCHEMA.names}
@@ -169,17 +220,22 @@ def _lake_rows(
     columns |= origin.columns(decoded.row[ok])
     yield from _as_lake(KINDS[kind], table.num_rows, columns)
 
-    invalid = np.array(sorted(reasons), np.int64)
-    dead = {row: (reason, payloads[row] if payloads else None) for row, reason in decoded.rejected.items()}
-    for index, written in zip(invalid, _written(decoded.table, invalid), strict=True):
+    dead = {row: (reason, payloads[row]) for row, reason in decoded.rejected.items()}
+    for index, reason in reasons.items():
         row = int(decoded.row[index])
-        dead[row] = reasons[int(index)], (payloads[row] if payloads else written)
+        own = payloads[row]
+        # A row of a packed message or of a Parquet file is told as the JSON event that it would be.
+        written = row_as_json(kind, decoded.table, index) if own is None or is_packed(own) else own
+        dead[row] = reason, written
     if not dead:
         return
     rows = np.array(sorted(dead), np.int64)
     columns = origin.columns(rows)
     columns["reason"] = pa.array([f"{TOPICS[kind]}: {dead[int(row)][0]}" for row in rows], pa.string())
-    columns["payload"] = pa.array([_as_text(dead[int(row)][1]) for row in rows], pa.string())
+    texts = [dead[int(row)][1] for row in rows]
+    columns["payload"] = pa.array(
+        [None if text is None else text.decode(errors="replace") for text in texts], pa.string()
+    )
     if origin.received is not None:
         columns["arrival_time"] = pa.array(origin.received[rows], pa.int64())
     yield from _as_lake(DEAD_LETTER_KIND, len(rows), columns)
@@ -193,12 +249,3 @@ def _as_lake(kind: str, rows: int, columns: Mapping[str, Any]) -> Iterator[pa.Re
         filled[field.name] if field.name in filled else pa.nulls(rows, field.type) for field in LAKE_SCHEMA
     ]
     yield from pa.table(arrays, schema=LAKE_SCHEMA).combine_chunks().to_batches()
-
-
-def _written(table: pa.Table, rows: NDArray[np.int64]) -> list[bytes]:
-    """Rows of a table as text, for dead letters that have no message of their own."""
-    return [orjson.dumps(row, default=str) for row in table.take(pa.array(rows)).to_pylist()]
-
-
-def _as_text(payload: bytes | None) -> str | None:
-    return None if payload is None else payload.decode("utf-8", errors="replace")
