@@ -200,9 +200,10 @@ def judged_by_rule(run: SimulatedRun, task: str) -> tuple[np.ndarray, np.ndarray
     events: dict[str, list[Event]] = {}
     for kind, table in enumerate(run.tables):
         op = table["op"].to_pylist() if kind == CONVERSION else ["assert"] * table.num_rows
-        names = ("event_id", "impression_id", "event_time", "arrival_time")
-        for *values, how in zip(*(table[name].to_pylist() for name in names), op, strict=True):
-            events.setdefault(values[1], []).append(Event(kind, *values, how))
+        ids, of = table["event_id"].to_pylist(), table["impression_id"].to_pylist()
+        times, arrivals = table["event_time"].to_pylist(), table["arrival_time"].to_pylist()
+        for event_id, name, time, arrival, how in zip(ids, of, times, arrivals, op, strict=True):
+            events.setdefault(name, []).append(Event(kind, event_id, name, time, arrival, how))
     own = run.predictions.filter(pc.equal(run.predictions["task"].cast(pa.string()), task))
     seen, label, student, mature = set(), [], [], []
     for name, probability in zip(
