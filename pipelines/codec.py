@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 import pyarrow as pa
@@ -46,7 +45,7 @@ class Messages:
     Attributes
     ----------
     decoded : Decoded
-        Its input rows count through all messages.
+        Its input rows count through all messages; ``decoded.row`` may be in any order.
     message : ndarray of int64, shape (decoded.rows,)
         For each input row, the index of its message.
     row_in_message : ndarray of int32, shape (decoded.rows,)
@@ -94,65 +93,74 @@ def decode_messages(kind: int, payloads: Sequence[bytes | None]) -> Messages:
     >>> messages.message.tolist(), messages.row_in_message.tolist(), list(messages.decoded.rejected)
     ([0, 1, 1, 2], [0, 0, 1, 0], [3])
     """
-    parts: list[Decoded] = []
-    sizes: list[NDArray[np.int64]] = []
-    for packed, run in groupby(payloads, is_packed):
-        if packed:
-            for part, size in _decode_packed_run(kind, [payload or b"" for payload in run]):
-                parts.append(part)
-                sizes.append(size)
-        else:
-            parts.append(decode_json(kind, list(run)))
-            sizes.append(np.ones(parts[-1].rows, np.int64))
-    if not parts:
-        parts, sizes = [decode_json(kind, [])], [np.zeros(0, np.int64)]
-    size = np.concatenate(sizes)
+    packed = [index for index, payload in enumerate(payloads) if is_packed(payload)]
+    if not packed:
+        decoded = decode_json(kind, payloads)
+        return Messages(decoded, np.arange(decoded.rows), np.zeros(decoded.rows, np.int32))
+    is_pack = np.zeros(len(payloads), np.bool_)
+    is_pack[packed] = True
+    single = np.flatnonzero(~is_pack)
+    size = np.ones(len(payloads), np.int64)
+    parts: list[tuple[NDArray[np.int64], Decoded]] = []
+    if len(single):
+        parts.append((single, decode_json(kind, [payloads[index] for index in single.tolist()])))
+    for indices, part in _decode_packs(kind, {index: payloads[index] or b"" for index in packed}, size):
+        parts.append((indices, part))
     message = np.repeat(np.arange(len(size)), size)
-    row_in_message = np.arange(len(message)) - np.repeat(np.cumsum(size) - size, size)
-    return Messages(_join(kind, parts), message, row_in_message.astype(np.int32))
+    first = np.cumsum(size) - size
+    row_in_message = np.arange(len(message)) - np.repeat(first, size)
+    return Messages(_join(kind, parts, first, size), message, row_in_message.astype(np.int32))
 
 
-def _decode_packed_run(kind: int, payloads: list[bytes]) -> Iterator[tuple[Decoded, NDArray[np.int64]]]:
-    """Decode packed messages, neighbours of the same schema together; yields the rows of each message too."""
-    read: list[tuple[bytes, pa.Table | None]] = []
-    for payload in payloads:
+def _decode_packs(
+    kind: int, payloads: dict[int, bytes], size: NDArray[np.int64]
+) -> Iterator[tuple[NDArray[np.int64], Decoded]]:
+    """Decode packed messages, those of one schema together; notes the number of rows of each in ``size``."""
+    by_schema: dict[pa.Schema | None, list[int]] = {}
+    tables: dict[int, pa.Table] = {}
+    for index, payload in payloads.items():
         try:
-            read.append((payload, _read_packed(kind, payload)))
+            tables[index] = _read_packed(kind, payload)
+            by_schema.setdefault(tables[index].schema, []).append(index)
         except DataError:
-            read.append((payload, None))
-    for _, run in groupby(read, lambda pair: None if pair[1] is None else pair[1].schema):
-        group = list(run)
-        tables = [table for _, table in group if table is not None]
-        together = _conform_together(kind, tables)
+            by_schema.setdefault(None, []).append(index)
+    for schema, indices in by_schema.items():
+        together = None if schema is None else _conform_together(kind, [tables[index] for index in indices])
         if together is not None:
-            size = np.array([table.num_rows for table in tables], np.int64)
-            yield Decoded(together, np.arange(together.num_rows), {}, together.num_rows), size
+            size[indices] = [tables[index].num_rows for index in indices]
+            rows = together.num_rows
+            yield np.array(indices), Decoded(together, np.arange(rows), {}, rows)
             continue
-        for payload, _ in group:
-            part = decode_packed(kind, payload)
-            yield part, np.array([part.rows], np.int64)
+        for index in indices:
+            part = decode_packed(kind, payloads[index])
+            size[index] = part.rows
+            yield np.array([index]), part
 
 
 def _conform_together(kind: int, tables: list[pa.Table]) -> pa.Table | None:
-    """One conformed table, or None where there is none or a value does not fit its column."""
+    """One conformed table, or None where a value does not fit its column."""
     try:
-        return conform(kind, pa.concat_tables(tables)) if tables else None
+        return conform(kind, pa.concat_tables(tables))
     except DataError:
         return None  # the culprit is found message by message
 
 
-def _join(kind: int, parts: list[Decoded]) -> Decoded:
-    starts = np.cumsum([0, *(part.rows for part in parts)])
-    return Decoded(
-        concat_events(kind, [part.table for part in parts]),
-        np.concatenate([part.row + start for part, start in zip(parts, starts, strict=False)]),
-        {
-            int(row + start): reason
-            for part, start in zip(parts, starts, strict=False)
-            for row, reason in part.rejected.items()
-        },
-        int(starts[-1]),
-    )
+def _join(
+    kind: int,
+    parts: list[tuple[NDArray[np.int64], Decoded]],
+    first: NDArray[np.int64],
+    size: NDArray[np.int64],
+) -> Decoded:
+    """Parts that hold the rows of some messages each, as one; rows count through all messages."""
+    row: list[NDArray[np.int64]] = []
+    rejected: dict[int, str] = {}
+    for indices, part in parts:
+        begins = np.cumsum(size[indices]) - size[indices]
+        flat = np.arange(part.rows) + np.repeat(first[indices] - begins, size[indices])
+        row.append(flat[part.row])
+        rejected |= {int(flat[own]): reason for own, reason in part.rejected.items()}
+    table = concat_events(kind, [part.table for _, part in parts])
+    return Decoded(table, np.concatenate(row), rejected, int(size.sum()))
 
 
 def _read_packed(kind: int, payload: bytes) -> pa.Table:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,7 @@ class EventFiles:
         self.rejected = _sorted_rejected([row for part in parts for row in part.rejected], earliest)
         arrival = [
             *(_arrival(table) for table in tables),
-            np.array([_known_at(row, earliest) for row in self.rejected], np.int64),
+            np.array([row.arrival_time for row in self.rejected], np.int64),
         ]
         self.rows = sum(map(len, arrival))
         kind = np.repeat(np.arange(4, dtype=np.int8), [len(times) for times in arrival])
@@ -220,15 +220,13 @@ def _arrival(table: pa.Table) -> NDArray[np.int64]:
     return np.asarray(table.column("arrival_time").to_numpy(), np.int64)
 
 
-def _known_at(row: RejectedRow, earliest: int) -> int:
-    return earliest if row.arrival_time < 0 else row.arrival_time
-
-
 def _sorted_rejected(rows: list[RejectedRow], earliest: int) -> list[RejectedRow]:
+    """Rows by the time at which they became known; those that do not tell come with the first good row."""
     if not rows:
         return []
+    rows = [row if row.arrival_time >= 0 else replace(row, arrival_time=earliest) for row in rows]
     hashes = hash_column(pa.array([row.payload for row in rows], pa.binary()), HASH_SEED)
-    times = np.array([_known_at(row, earliest) for row in rows], np.int64)
+    times = np.array([row.arrival_time for row in rows], np.int64)
     return [rows[index] for index in np.lexsort((hashes, times))]
 
 

@@ -21,7 +21,15 @@ from pipelines.conform import conform
 from pipelines.errors import DataError
 from pipelines.events import IMPRESSION, SERVED_COLUMNS, contract_schema
 from pipelines.feature_columns import as_column, concat_events
-from pipelines.json_faults import RESERVED_NAMES, SERVED_TYPES, VALUE_TYPES, faults, is_list_of_strings, shown
+from pipelines.json_faults import (
+    RESERVED_NAMES,
+    SERVED_TYPES,
+    VALUE_TYPES,
+    faults,
+    is_list_of_strings,
+    is_plain,
+    shown,
+)
 
 __all__ = ["Decoded", "decode_json", "with_features_from_json"]
 
@@ -106,7 +114,11 @@ def _decode_one_by_one(
     try:
         return _as_table(kind, [*events.values()]), [*events]
     except _Misfit:
-        found = {row: fault for row, event in events.items() if (fault := next(faults(kind, event), None))}
+        found = {
+            row: fault
+            for row, event in events.items()
+            if not is_plain(kind, event) and (fault := next(faults(kind, event), None))
+        }
         rejected |= found
         good = {row: event for row, event in events.items() if row not in found}
         return _as_table(kind, [*good.values()]), [*good]

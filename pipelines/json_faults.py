@@ -11,7 +11,15 @@ import pyarrow as pa
 
 from pipelines.events import IMPRESSION, SERVED_COLUMNS, contract_schema
 
-__all__ = ["RESERVED_NAMES", "SERVED_TYPES", "VALUE_TYPES", "faults", "is_list_of_strings", "shown"]
+__all__ = [
+    "RESERVED_NAMES",
+    "SERVED_TYPES",
+    "VALUE_TYPES",
+    "faults",
+    "is_list_of_strings",
+    "is_plain",
+    "shown",
+]
 
 # Python types of a feature's value.
 VALUE_TYPES = frozenset((str, int, float, list, NoneType))
@@ -24,6 +32,17 @@ SERVED_TYPES = {
     "probability": pa.float64(),
     "position": pa.int32(),
 }
+
+
+def _plain_types(field: pa.Field) -> tuple[str, frozenset[type], int]:
+    """Name of a field, the types that need no second look, and the limit of whole numbers (0: none)."""
+    if pa.types.is_integer(field.type):
+        return field.name, frozenset((int, NoneType)), 1 << (field.type.bit_width - 1)
+    plain = str if pa.types.is_string(field.type) else float
+    return field.name, frozenset((plain, NoneType)), 0
+
+
+_PLAIN = [[_plain_types(field) for field in contract_schema(kind)] for kind in range(3)]
 
 
 def is_list_of_strings(value: list[Any]) -> bool:
@@ -46,6 +65,31 @@ def faults(kind: int, event: dict[str, Any]) -> Iterator[str]:
     if kind == IMPRESSION:
         yield from _served_faults(event.get("served"))
         yield from _feature_faults(event.get("features"))
+
+
+def is_plain(kind: int, event: dict[str, Any]) -> bool:
+    """Whether an event is certainly without fault; a quick look for the many beside the few.
+
+    Examples
+    --------
+    >>> is_plain(1, {"event_id": "c1", "impression_id": "i1", "event_time": 5}), is_plain(1, {"event_id": 7})
+    (True, False)
+    """
+    for name, types, limit in _PLAIN[kind]:
+        value = event.get(name)
+        if type(value) not in types or (limit and value is not None and not -limit <= value < limit):
+            return False
+    if event.get("version") is not None or event.get("served") is not None:
+        return False
+    features = event.get("features") if kind == IMPRESSION else None
+    if features is None:
+        return True
+    if type(features) is not dict or not RESERVED_NAMES.isdisjoint(features):
+        return False
+    return all(
+        type(value) in VALUE_TYPES and (type(value) is not list or is_list_of_strings(value))
+        for value in features.values()
+    )
 
 
 def _served_faults(served: Any) -> Iterator[str]:
