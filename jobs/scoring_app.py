@@ -103,6 +103,98 @@ class ServingMetrics:
         return generate_latest(self.registry)
 
 
+class ScoringEndpoint:
+    """The handlers, over one watched folder of releases and one log."""
+
+    def __init__(
+        self, watch: ReleaseWatch, served: ServedLog | None, reload_every: int, clock: Callable[[], int]
+    ) -> None:
+        self.watch = watch
+        self.served = served
+        self.metrics = ServingMetrics()
+        self._reload_every_s = reload_every / 1000.0
+        self._clock = clock
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Follow CURRENT while the application runs; write out the log when it ends."""
+        following = asyncio.create_task(self._follow())
+        yield
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await following
+        if self.served is not None:
+            self.served.close()
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self._reload_every_s)
+            try:
+                await asyncio.to_thread(self.watch.poll)
+            except Exception:
+                # Of code that a release brings in: it must not end the loop, and the log has the traceback.
+                log.exception("looking for a new release failed; still serving the old one")
+
+    async def score(self, request: Request) -> Response:
+        """Logit and probability of each task for each impression."""
+        started = time.perf_counter()
+        try:
+            status, answer = 200, self._answer(await _read(request))
+        except _Refusal as refusal:
+            status, answer = refusal.status, {"error": str(refusal)}
+        self.metrics.requests.labels(str(status)).inc()
+        self.metrics.latency.observe(time.perf_counter() - started)
+        return _json(answer, status)
+
+    async def healthz(self) -> Response:
+        """What is served, since when, and why it is not newer."""
+        loaded, problem = self.watch.current, self.watch.problem
+        return _json(
+            {
+                "status": "ok" if problem is None else "held back",
+                "release": loaded.release.name,
+                "digest": loaded.release.digest(),
+                "loaded_at": loaded.loaded_at,
+                "age_s": (self._clock() - loaded.loaded_at) / 1000.0,
+                "problem": problem,
+                "log_lines_lost": 0 if self.served is None else self.served.lost,
+            }
+        )
+
+    async def release(self) -> Response:
+        """Manifest of the release in service."""
+        return _json(self.watch.current.release.manifest.model_dump(mode="json"))
+
+    async def metrics_page(self) -> Response:
+        """Figures for Prometheus."""
+        return Response(self.metrics.page(self.watch, self.served), media_type=CONTENT_TYPE_LATEST)
+
+    def _answer(self, body: bytes) -> dict[str, Any]:
+        try:
+            request = ScoreRequest.model_validate_json(body)
+        except ValidationError as error:
+            raise _Refusal(422, _explain(error)) from error
+        rows = [impression.model_dump() for impression in request.impressions]
+        release = self.watch.current.release  # once: all of a request is answered by one release
+        try:
+            encoded = release.encode(rows)
+        except DataError as error:
+            raise _Refusal(422, str(error)) from error
+        scored = release.score(encoded)
+        request_id = uuid.uuid4().hex
+        if self.served is not None:
+            self.served.append(request_id, release, self._clock(), rows, encoded, scored)
+        self.metrics.impressions.inc(len(rows))
+        impressions = [
+            {"impression_id": row["impression_id"], "release": release.name, "tasks": {}} for row in rows
+        ]
+        for task, values in scored.items():
+            pairs = zip(values.logit.tolist(), values.probability.tolist(), strict=True)
+            for impression, (logit, probability) in zip(impressions, pairs, strict=True):
+                impression["tasks"][task] = {"logit": logit, "probability": probability}
+        return {"request_id": request_id, "release": release.name, "impressions": impressions}
+
+
 def create_app(
     watch: ReleaseWatch,
     served: ServedLog | None,
@@ -121,59 +213,13 @@ def create_app(
     clock : callable
         Wall clock, ms.
     """
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        reloading = asyncio.create_task(_follow(watch, reload_every / 1000.0))
-        yield
-        reloading.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await reloading
-        if served is not None:
-            served.close()
-
-    app = FastAPI(title="ctrstream", lifespan=lifespan)
-    metrics = ServingMetrics()
+    endpoint = ScoringEndpoint(watch, served, reload_every, clock)
+    app = FastAPI(title="ctrstream", lifespan=endpoint.lifespan)
     body = {"required": True, "content": {"application/json": {"schema": ScoreRequest.model_json_schema()}}}
-
-    @app.post("/score", openapi_extra={"requestBody": body})
-    async def score(request: Request) -> Response:
-        """Logit and probability of each task for each impression."""
-        started = time.perf_counter()
-        try:
-            status, answer = 200, _score(await _read(request), watch, served, metrics, clock)
-        except _Refusal as refusal:
-            status, answer = refusal.status, {"error": str(refusal)}
-        metrics.requests.labels(str(status)).inc()
-        metrics.latency.observe(time.perf_counter() - started)
-        return _json(answer, status)
-
-    @app.get("/healthz")
-    async def healthz() -> Response:
-        """What is served, since when, and why it is not newer."""
-        loaded = watch.current
-        return _json(
-            {
-                "status": "ok" if watch.problem is None else "held back",
-                "release": loaded.release.name,
-                "digest": loaded.release.digest(),
-                "loaded_at": loaded.loaded_at,
-                "age_s": (clock() - loaded.loaded_at) / 1000.0,
-                "problem": watch.problem,
-                "log_lines_lost": 0 if served is None else served.lost,
-            }
-        )
-
-    @app.get("/release")
-    async def release() -> Response:
-        """Manifest of the release in service."""
-        return _json(watch.current.release.manifest.model_dump(mode="json"))
-
-    @app.get("/metrics")
-    async def metrics_page() -> Response:
-        """Figures for Prometheus."""
-        return Response(metrics.page(watch, served), media_type=CONTENT_TYPE_LATEST)
-
+    app.add_api_route("/score", endpoint.score, methods=["POST"], openapi_extra={"requestBody": body})
+    app.add_api_route("/healthz", endpoint.healthz)
+    app.add_api_route("/release", endpoint.release)
+    app.add_api_route("/metrics", endpoint.metrics_page)
     return app
 
 
@@ -183,16 +229,6 @@ class _Refusal(Exception):
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
         self.status = status
-
-
-async def _follow(watch: ReleaseWatch, every_s: float) -> None:
-    while True:
-        await asyncio.sleep(every_s)
-        try:
-            await asyncio.to_thread(watch.poll)
-        except Exception:
-            # Of code that a release brings in: it must not end the loop, and the log must have the traceback.
-            log.exception("looking for a new release failed; still serving the old one")
 
 
 async def _read(request: Request) -> bytes:
@@ -207,49 +243,6 @@ async def _read(request: Request) -> bytes:
             )
         parts.append(part)
     return b"".join(parts)
-
-
-def _score(
-    body: bytes,
-    watch: ReleaseWatch,
-    served: ServedLog | None,
-    metrics: ServingMetrics,
-    clock: Callable[[], int],
-) -> dict[str, Any]:
-    try:
-        request = ScoreRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise _Refusal(422, _explain(error)) from error
-    rows = [impression.model_dump() for impression in request.impressions]
-    release = watch.current.release  # once: all of a request is answered by one release
-    try:
-        encoded = release.encode(rows)
-    except DataError as error:
-        raise _Refusal(422, str(error)) from error
-    scored = release.score(encoded)
-    request_id = uuid.uuid4().hex
-    if served is not None:
-        served.append(request_id, release, clock(), rows, encoded, scored)
-    metrics.impressions.inc(len(rows))
-    columns = {
-        task: list(zip(values.logit.tolist(), values.probability.tolist(), strict=True))
-        for task, values in scored.items()
-    }
-    return {
-        "request_id": request_id,
-        "release": release.name,
-        "impressions": [
-            {
-                "impression_id": row["impression_id"],
-                "release": release.name,
-                "tasks": {
-                    task: {"logit": column[place][0], "probability": column[place][1]}
-                    for task, column in columns.items()
-                },
-            }
-            for place, row in enumerate(rows)
-        ],
-    }
 
 
 def _explain(error: ValidationError) -> str:

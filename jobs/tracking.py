@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from jobs.release_manifest import Manifest
 from pipelines.errors import ConfigError, DataError, StaleStateError, TransientError
@@ -166,6 +167,7 @@ class Tracking:
         if self._connected is None:
             for name, value in _ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
+            _bypass_proxy(self.uri)
             from mlflow import MlflowClient
 
             self._connected = MlflowClient(self.uri, registry_uri=self.uri)
@@ -392,6 +394,14 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _bypass_proxy(uri: str) -> None:
+    """A proxy that is set for the outside world cannot reach a server on our loopback address."""
+    host = urlsplit(uri).hostname or ""
+    if host in ("127.0.0.1", "::1", "localhost"):
+        kept = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+        os.environ["no_proxy"] = f"{kept},{host}" if kept else host
 
 
 def _cut(text: str) -> str:

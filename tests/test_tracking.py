@@ -227,6 +227,15 @@ def test_mlflow_being_away_is_a_transient_error(tmp_path: Path) -> None:
         Tracking("http://127.0.0.1:9", "x").run("worker")
 
 
+def test_a_proxy_for_the_outside_world_is_not_asked_for_the_loopback_address(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "example.org")
+    assert tracking.run("worker").run_id
+    assert os.environ["no_proxy"] == "example.org,127.0.0.1"
+
+
 def test_an_empty_address_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="address of an MLflow server"):
         Tracking("", "x")
