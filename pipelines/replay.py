@@ -32,7 +32,7 @@ class _Hour:
         self.seen += n
         if len(kept):
             self._parts.append({name: values[kept] for name, values in columns.items()})
-        if sum(len(part["known_at"]) for part in self._parts) > bound:
+        while sum(len(part["known_at"]) for part in self._parts) > bound:
             columns = self.columns()
             self._parts = [{name: values[::2].copy() for name, values in columns.items()}]
             self.stride *= 2
