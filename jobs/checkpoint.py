@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sqlite3
@@ -26,6 +27,8 @@ from safetensors.numpy import load_file, save
 from pipelines.errors import SetupError, StaleStateError
 
 __all__ = ["Checkpoint", "CheckpointStore", "state_digest"]
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 Arrays = Mapping[str, NDArray[Any]]
@@ -84,15 +87,17 @@ class CheckpointStore:
     def open(self) -> None:
         """Create what is missing and take the lease: any worker that held it before is fenced.
 
+        What never counted is swept: half-written checkpoints, and whole ones that no head came to name.
+
         Raises
         ------
         SetupError
             If the folder cannot be written.
+        StaleStateError
+            If the head cannot be read.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".tmp-*"):
-                shutil.rmtree(leftover)
             with closing(self._connect()) as database:
                 database.execute(
                     "CREATE TABLE IF NOT EXISTS head (id INTEGER PRIMARY KEY CHECK (id = 1), "
@@ -101,19 +106,29 @@ class CheckpointStore:
                 database.execute("BEGIN IMMEDIATE")
                 database.execute("INSERT OR IGNORE INTO head VALUES (1, 0, NULL)")
                 database.execute("UPDATE head SET epoch = epoch + 1 WHERE id = 1")
-                self.epoch = int(database.execute("SELECT epoch FROM head").fetchone()[0])
+                epoch, head = database.execute("SELECT epoch, name FROM head").fetchone()
                 database.execute("COMMIT")
+            self.epoch = int(epoch)
+            # Not before the lease is ours: until then another worker may still make one of them count.
+            self._sweep(head)
         except (OSError, sqlite3.OperationalError) as error:
             raise SetupError(
                 f"cannot write worker state in {self.root}: {error}.", hint="choose another --state folder"
             ) from error
+        except sqlite3.DatabaseError as error:
+            raise self._damaged_head(error) from error
 
     def head(self) -> str | None:
         """Name of the newest committed checkpoint."""
         if not self._database.exists():
             return None
-        with closing(self._connect()) as database:
-            row = database.execute("SELECT name FROM head WHERE id = 1").fetchone()
+        try:
+            with closing(self._connect()) as database:
+                row = database.execute("SELECT name FROM head WHERE id = 1").fetchone()
+        except sqlite3.OperationalError as error:
+            raise SetupError(f"cannot read {self._database}: {error}.") from error
+        except sqlite3.DatabaseError as error:
+            raise self._damaged_head(error) from error
         return None if row is None else row[0]
 
     def names(self) -> list[str]:
@@ -148,23 +163,19 @@ class CheckpointStore:
         name = f"{step:012d}-{self.epoch:06d}"
         try:
             self._write(name, step, arrays, plain, digest, cursor, outputs, volatile)
-        except OSError as error:
+            is_ours = self._move_head(name)
+        except (OSError, sqlite3.OperationalError) as error:
+            # A worker that takes the lease sweeps what this one is writing.
+            if self._is_fenced():
+                raise self._fenced() from error
+            shutil.rmtree(self.folder / name, ignore_errors=True)
             raise SetupError(
                 f"cannot write checkpoint {name} in {self.folder}: {error}.",
                 hint="the last commit stands; make room and start the worker again",
             ) from error
-        with closing(self._connect()) as database:
-            database.execute("BEGIN IMMEDIATE")
-            moved = database.execute(
-                "UPDATE head SET name = ? WHERE id = 1 AND epoch = ?", (name, self.epoch)
-            ).rowcount
-            database.execute("COMMIT")
-        if moved == 0:
-            shutil.rmtree(self.folder / name)
-            raise StaleStateError(
-                f"another worker has taken over the state in {self.root} (this one held epoch {self.epoch}).",
-                hint="only one worker may learn from one state folder; this one has stopped",
-            )
+        if not is_ours:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            raise self._fenced()
         self._collect(name)
         return digest
 
@@ -184,6 +195,7 @@ class CheckpointStore:
             try:
                 return self.read(name)
             except StaleStateError as error:
+                log.error("%s: going back to the checkpoint before it", error.message)
                 problems.append(error.message)
         raise StaleStateError(
             f"no intact checkpoint in {self.folder}: " + "; ".join(problems or [f"{head} is missing"]),
@@ -199,10 +211,7 @@ class CheckpointStore:
             If a file is missing or its sha256 is not the manifest's.
         """
         path = self.folder / name
-        try:
-            manifest = json.loads((path / "MANIFEST.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise StaleStateError(f"checkpoint {name} has no readable manifest: {error}") from error
+        manifest = self.manifest(name)
         for file, expected in manifest["files"].items():
             found = _sha256(path / file)
             if found != expected:
@@ -214,6 +223,23 @@ class CheckpointStore:
             arrays.update(load_file(path / shard["file"]))
         plain = json.loads((path / "state.json").read_bytes())
         return Checkpoint(path, arrays, plain, manifest)
+
+    def manifest(self, name: str) -> dict[str, Any]:
+        """The manifest of a checkpoint; its files are not looked at.
+
+        Raises
+        ------
+        StaleStateError
+            If there is none that can be read.
+        """
+        try:
+            manifest: dict[str, Any] = json.loads((self.folder / name / "MANIFEST.json").read_bytes())
+        except (OSError, ValueError) as error:
+            raise StaleStateError(f"checkpoint {name} has no readable manifest: {error}") from error
+        seal = manifest.pop("seal", None) if isinstance(manifest, dict) else None
+        if seal is None or seal != _seal(manifest):
+            raise StaleStateError(f"checkpoint {name}: MANIFEST.json is corrupt")
+        return manifest
 
     def _write(
         self,
@@ -246,15 +272,55 @@ class CheckpointStore:
             "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
             "volatile": dict(volatile),
         }
-        files["MANIFEST.json"] = json.dumps(manifest, indent=1).encode()
-        for file, content in files.items():
-            write_synced(temporary / file, content)
-        sync_folder(temporary)
+        files["MANIFEST.json"] = json.dumps({**manifest, "seal": _seal(manifest)}, indent=1).encode()
         target = self.folder / name
-        if target.exists():
-            shutil.rmtree(target)
-        temporary.rename(target)
+        try:
+            for file, content in files.items():
+                write_synced(temporary / file, content)
+            sync_folder(temporary)
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+        finally:
+            # On a full disk the half that was written would be in the way of the next try.
+            shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(self.folder)
+
+    def _move_head(self, name: str) -> bool:
+        """The commit point; False, and nothing is changed, if the lease is another worker's."""
+        with closing(self._connect()) as database:
+            database.execute("BEGIN IMMEDIATE")
+            moved = database.execute(
+                "UPDATE head SET name = ? WHERE id = 1 AND epoch = ?", (name, self.epoch)
+            ).rowcount
+            database.execute("COMMIT")
+        return moved == 1
+
+    def _is_fenced(self) -> bool:
+        try:
+            with closing(self._connect()) as database:
+                row = database.execute("SELECT epoch FROM head WHERE id = 1").fetchone()
+        except sqlite3.Error:
+            return False
+        return row is not None and row[0] != self.epoch
+
+    def _fenced(self) -> StaleStateError:
+        return StaleStateError(
+            f"another worker has taken over the state in {self.root} (this one held epoch {self.epoch}).",
+            hint="only one worker may learn from one state folder; this one has stopped",
+        )
+
+    def _damaged_head(self, error: sqlite3.DatabaseError) -> StaleStateError:
+        return StaleStateError(
+            f"{self._database} is damaged: {error}.", hint="restore the state folder from a backup"
+        )
+
+    def _sweep(self, head: str | None) -> None:
+        for leftover in self.folder.glob(".tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        for name in self.names():
+            if head is None or name > head:
+                shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _collect(self, newest: str) -> None:
         for name in [known for known in self.names() if known <= newest][: -self.keep]:
@@ -272,6 +338,12 @@ def write_synced(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def sync_file(path: Path) -> None:
+    """Wait until the disk has a file that was written through another library."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_folder(path: Path) -> None:
     """Wait until the disk has the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
@@ -279,6 +351,10 @@ def sync_folder(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:

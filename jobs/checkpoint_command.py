@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,7 @@ def list_command(state: Path) -> None:
     store = _store(state)
     head = store.head()
     for name in store.names():
-        manifest = json.loads((store.folder / name / "MANIFEST.json").read_bytes())
+        manifest = store.manifest(name)
         mark = "head" if name == head else ""
         click.echo(f"{name}\t{manifest['step']}\t{manifest['digest']}\t{mark}")
 
