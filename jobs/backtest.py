@@ -18,7 +18,7 @@ import click
 
 from jobs.options import config_options, output_option
 from pipelines.duration import parse_duration
-from pipelines.errors import DataError
+from pipelines.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -34,6 +34,8 @@ __all__ = ["Backtest", "command", "run_backtest"]
 log = logging.getLogger(__name__)
 
 _BLOCK_ROWS = 8192
+# In a folder of releases: a backtest has made it and may empty it.
+_MARK = ".backtest"
 Progress = Callable[[str, int, int], None]
 
 
@@ -53,6 +55,21 @@ class Backtest:
     skipped: dict[str, str]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is fixed once the log has been looked at; ``warm_rows`` input rows arrive before ``begins_at``."""
+
+    config: Config
+    files: EventFiles
+    out: Path
+    spec: FeatureSpec
+    segments: tuple[str, ...]
+    begins_at: int
+    warm_rows: int
+    progress: Progress
+    clock: _StageClock
+
+
 def run_backtest(
     config: Config, files: EventFiles, out: Path, progress: Progress = lambda stage, done, total: None
 ) -> Backtest:
@@ -61,59 +78,28 @@ def run_backtest(
     Raises
     ------
     DataError
-        If the log has too little in it to train on.
+        If the log has too little in it to train on, or nothing to predict after the warm-up.
     """
     import pyarrow.parquet as pq
 
     from jobs.online import OnlineLoop
-    from jobs.predictions import PredictionLog
-    from jobs.prepared import prepare
     from jobs.publishing import publish_student
-    from jobs.release import release_name
     from jobs.single_thread import use_one_thread
-    from jobs.steps import StepCutter
     from pipelines.config import dump_config
 
     use_one_thread()
     clock = _StageClock()
     begins_at, warm_rows = warm_up_end(files, config.backtest.warmup)
-    spec = feature_spec(config, files, begins_at)
-    segments = usable_segments(config, files)
+    spec, segments = feature_spec(config, files, begins_at), usable_segments(config, files)
+    plan = _Plan(config, files, out, spec, segments, begins_at, warm_rows, progress, clock)
+    _fresh_releases(out / "releases")
     (out / "feature_spec.toml").write_text(spec.to_toml(), encoding="utf-8")
     (out / "config.toml").write_text(dump_config(config), encoding="utf-8")
-    loop = OnlineLoop(config)
-    sources = files.kind_of_source()
     clock.lap("read")
-    first, skipped = _warm_up(config, files, loop, spec, segments, out, begins_at, warm_rows, progress, clock)
-    frozen = first.frozen()
-    cutter = StepCutter(
-        lambda block: prepare(block, spec, segments, frozen, sources), config.student.batch_rows, begins_at
-    )
-    predictions = PredictionLog(out / "predictions")
-    release, next_release = first.student.name, begins_at + config.backtest.publish_every
-    for block in files.blocks(
-        warm_rows,
-        None,
-        _BLOCK_ROWS // config.student.batch_rows * config.student.batch_rows or config.student.batch_rows,
-    ):
-        for events in cutter.feed(block):
-            predictions.add(loop.step(events).predicted, loop.tasks, release)
-            if loop.clock >= next_release:
-                release = release_name("student", 1, loop.step_number)
-                next_release += (loop.clock - next_release) // config.backtest.publish_every * (
-                    config.backtest.publish_every
-                ) + config.backtest.publish_every
-        progress("replay", int(block.offset[-1]) + 1 - warm_rows, files.rows - warm_rows)
-    for events in cutter.flush():
-        predictions.add(loop.step(events).predicted, loop.tasks, release)
-    clock.lap("online")
+    loop = OnlineLoop(config)
+    first, skipped = _warm_up(plan, loop)
+    table = _replay(plan, loop, first)
     publish_student(out / "releases", loop, first, epoch=1, parent=first.student.name, extra={})
-    table = predictions.drain()
-    if table is None:
-        raise DataError(
-            "no impression is left to predict after the warm-up.",
-            hint="shorten it with --set backtest.warmup=10%",
-        )
     pq.write_table(table, out / "predictions.parquet", compression="zstd")
     _write_json(out / "accounting.json", accounting_report(loop))
     clock.lap("write")
@@ -179,18 +165,7 @@ def accounting_report(loop: OnlineLoop) -> dict[str, Any]:
     }
 
 
-def _warm_up(
-    config: Config,
-    files: EventFiles,
-    loop: OnlineLoop,
-    spec: FeatureSpec,
-    segments: tuple[str, ...],
-    out: Path,
-    begins_at: int,
-    rows: int,
-    progress: Progress,
-    clock: _StageClock,
-) -> tuple[FirstReleases, dict[str, str]]:
+def _warm_up(plan: _Plan, loop: OnlineLoop) -> tuple[FirstReleases, dict[str, str]]:
     """Join the warm-up, train on it, and let the loop begin."""
     from jobs.prepared import FrozenModels, prepare
     from jobs.publishing import write_first
@@ -198,17 +173,20 @@ def _warm_up(
     from jobs.training import train_models
     from jobs.warm_up import WarmUp
 
+    files, spec, segments = plan.files, plan.spec, plan.segments
     warm_up, sources = WarmUp(loop), files.kind_of_source()
-    cutter = StepCutter(lambda block: prepare(block, spec, segments, FrozenModels(), sources), 1, begins_at)
-    for block in files.blocks(0, rows, WARM_UP_ROWS):
+    cutter = StepCutter(
+        lambda block: prepare(block, spec, segments, FrozenModels(), sources), 1, plan.begins_at
+    )
+    for block in files.blocks(0, plan.warm_rows, WARM_UP_ROWS):
         for events in cutter.feed(block):
             warm_up.add(loop.step(events))
-        progress("warm-up", int(block.offset[-1]) + 1, rows)
+        plan.progress("warm-up", int(block.offset[-1]) + 1, plan.warm_rows)
     for events in cutter.flush():
         warm_up.add(loop.step(events))
-    clock.lap("warm_up")
+    plan.clock.lap("warm_up")
     sets = warm_up.training_sets()
-    trained = train_models(sets, spec, config)
+    trained = train_models(sets, spec, plan.config, segments=segments)
     for task, reason in trained.skipped.items():
         log.warning("task skipped task=%s reason=%r", task, reason)
     if not trained.models:
@@ -218,18 +196,73 @@ def _warm_up(
             hint="a longer log or a longer warm-up (--set backtest.warmup=50%) may have enough outcomes",
         )
     first = write_first(
-        out / "releases",
+        plan.out / "releases",
         trained.models,
         spec,
-        config,
+        plan.config,
         segments,
-        warm_up_until=begins_at,
+        warm_up_until=plan.begins_at,
         rows=max(len(rows_of_task) for rows_of_task in sets.values()),
         figures={task: one.report for task, one in trained.models.items()},
     )
     loop.begin(first.students(), first.calibrators(), first.teachers())
-    clock.lap("train")
+    plan.clock.lap("train")
     return first, dict(trained.skipped)
+
+
+def _replay(plan: _Plan, loop: OnlineLoop, first: FirstReleases) -> pa.Table:
+    """Run the rest of the log through the loop; returns what was predicted on the way."""
+    from jobs.predictions import PredictionLog
+    from jobs.prepared import prepare
+    from jobs.release import release_name
+    from jobs.steps import StepCutter
+
+    files, batch_rows, every = plan.files, plan.config.student.batch_rows, plan.config.backtest.publish_every
+    frozen, sources = first.frozen(), files.kind_of_source()
+    cutter = StepCutter(
+        lambda block: prepare(block, plan.spec, plan.segments, frozen, sources), batch_rows, plan.begins_at
+    )
+    predictions = PredictionLog(plan.out / "predictions")
+    release, next_release = first.student.name, plan.begins_at + every
+    for block in files.blocks(plan.warm_rows, None, max(_BLOCK_ROWS // batch_rows, 1) * batch_rows):
+        for events in cutter.feed(block):
+            predictions.add(loop.step(events).predicted, loop.tasks, release)
+            if loop.clock >= next_release:
+                release = release_name("student", 1, loop.step_number)
+                next_release += ((loop.clock - next_release) // every + 1) * every
+        plan.progress("replay", int(block.offset[-1]) + 1 - plan.warm_rows, files.rows - plan.warm_rows)
+    for events in cutter.flush():
+        predictions.add(loop.step(events).predicted, loop.tasks, release)
+    plan.clock.lap("online")
+    table = predictions.drain()
+    if table is None:
+        raise DataError(
+            "no impression is left to predict after the warm-up.",
+            hint="shorten it with --set backtest.warmup=10%",
+        )
+    return table
+
+
+def _fresh_releases(folder: Path) -> None:
+    """Make the folder of releases, without those of an earlier backtest: they carry the same names.
+
+    Raises
+    ------
+    ConfigError
+        If somebody else's releases are in it.
+    """
+    import shutil
+
+    mark = folder / _MARK
+    if folder.exists() and any(folder.iterdir()):
+        if not mark.exists():
+            raise ConfigError(
+                f"{folder} holds releases that no backtest has written.",
+                hint="name another folder with --out",
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 class _StageClock:

@@ -93,7 +93,7 @@ class OnlineLoop:
         self.joiner = Joiner(
             config.attribution, config.labels.policy, traffic_ratio=config.labels.traffic_ratio
         )
-        self.replay = {
+        self.replay: dict[str, ReplayBuffer] = {
             task: ReplayBuffer(config.replay.rows_per_hour, config.student.seed + index)
             for index, task in enumerate(config.labels.tasks)
         }

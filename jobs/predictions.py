@@ -8,9 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.checkpoint import sync_folder
+from jobs.checkpoint import sync_file, sync_folder
 from jobs.online import Predicted
 from models.base import sigmoid
+from pipelines.errors import SetupError
 
 __all__ = ["PREDICTION_SCHEMA", "PredictionLog"]
 
@@ -88,28 +89,40 @@ class PredictionLog:
             )
         return pa.concat_tables(tables).unify_dictionaries()
 
-    def write_segment(self, first_step: int, last_step: int) -> str | None:
-        """Write what was recorded since the last call; returns the segment's name.
+    def write_segment(self, first_step: int, last_step: int, epoch: int) -> str | None:
+        """Make what was recorded since the last call durable; returns the segment's name.
 
-        The name follows from the steps alone, so a segment that is written again after a crash replaces
-        the one that no commit has named.
+        A worker of another ``epoch`` writes files of its own, so that one that has been fenced, and does not
+        know it yet, replaces nothing that a commit has named.
+
+        Raises
+        ------
+        SetupError
+            If the disk refuses the write.
         """
         table = self.drain()
         if table is None:
             return None
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"{first_step:012d}-{last_step:012d}.parquet"
+        name = f"{first_step:012d}-{last_step:012d}-{epoch:06d}.parquet"
         temporary = self.folder / f".tmp-{name}"
-        pq.write_table(table, temporary, compression="zstd")
-        temporary.replace(self.folder / name)
-        sync_folder(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            pq.write_table(table, temporary, compression="zstd")
+            sync_file(temporary)
+            temporary.replace(self.folder / name)
+            sync_folder(self.folder)
+        except OSError as error:
+            raise SetupError(
+                f"cannot write predictions in {self.folder}: {error}.",
+                hint="the last commit stands; make room and start the worker again",
+            ) from error
         return name
 
     def keep_only(self, segments: list[str]) -> None:
-        """Remove segments that no commit has named."""
-        for path in self.folder.glob("*.parquet"):
+        """Remove segments that no commit has named, whole or half-written."""
+        for path in (*self.folder.glob("*.parquet"), *self.folder.glob(".tmp-*")):
             if path.name not in segments:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def read(self, segments: list[str]) -> pa.Table:
         """All predictions of the named segments, in order."""

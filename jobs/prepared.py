@@ -187,7 +187,7 @@ def prepare(
 
 
 def _times(table: pa.Table) -> Ints:
-    return table.column("event_time").to_numpy()
+    return np.asarray(table.column("event_time").to_numpy(), np.int64)
 
 
 def _outcomes(block: EventBlock, kind: int, arrival: Ints) -> Outcomes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from jobs.release import Release, TaskFiles, point, release_name, write_release
 from jobs.training import TaskModels
 from models.base import Model
 from models.student import Student
-from pipelines.config import Config, dump_config
+from pipelines.config import Config, Task, dump_config
 from pipelines.feature_spec import FeatureSpec
 
 __all__ = ["CalibratedTeacher", "FirstReleases", "load_first", "publish_student", "write_first"]
@@ -59,7 +59,7 @@ class FirstReleases:
 
     def frozen(self) -> FrozenModels:
         """The teachers, and the first students as they were before they learned online."""
-        stale = {
+        stale: dict[str, Teacher] = {
             task: CalibratedTeacher(model, self.student.calibrators[task])
             for task, model in self.student.models.items()
         }
@@ -102,7 +102,7 @@ def write_first(
         kind="teacher",
         parent=None,
         tasks={
-            task: TaskFiles(
+            cast(Task, task): TaskFiles(
                 "student" if isinstance(one.teacher, Student) else "gbdt",
                 one.teacher.to_files(),
                 one.teacher_calibrator.state(),
@@ -116,7 +116,7 @@ def write_first(
         kind="student",
         parent=teacher.name,
         tasks={
-            task: TaskFiles("student", one.student.to_files(), one.student_calibrator.state())
+            cast(Task, task): TaskFiles("student", one.student.to_files(), one.student_calibrator.state())
             for task, one in models.items()
         },
         **common,
@@ -157,7 +157,7 @@ def publish_student(
         config_toml=first.student.config_toml,
         segments=first.student.segments,
         tasks={
-            task: TaskFiles("student", student.to_files(), loop.calibrators[task].state())
+            cast(Task, task): TaskFiles("student", student.to_files(), loop.calibrators[task].state())
             for task, student in loop.students.items()
         },
         last_event_time=loop.last_event_time,

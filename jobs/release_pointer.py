@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,7 +146,7 @@ def list_releases(root: Path) -> list[str]:
     return sorted(names, key=parse_name)
 
 
-def garbage_collect(root: Path, keep: int) -> list[str]:
+def garbage_collect(root: Path, keep: int, needed: Collection[str] = ()) -> list[str]:
     """Remove all but the newest `keep` releases and what a pointer names.
 
     What a killed writer left half-written is removed too, after an hour.
@@ -156,6 +156,8 @@ def garbage_collect(root: Path, keep: int) -> list[str]:
     root : Path
     keep : int
         Releases to keep beside those that a pointer names, >= 1.
+    needed : collection of str
+        Further releases to keep, such as those that a worker starts from.
 
     Returns
     -------
@@ -165,7 +167,7 @@ def garbage_collect(root: Path, keep: int) -> list[str]:
     if keep < 1:
         raise ConfigError(f"at least one release must be kept. Received: keep={keep}.")
     with _exclusive(root):
-        named = {pointed(root, alias) for alias in ALIASES}
+        named = {pointed(root, alias) for alias in ALIASES} | set(needed)
         removed = [name for name in list_releases(root)[:-keep] if name not in named]
         for name in removed:
             # Renamed first: a reader sees a whole release or none.

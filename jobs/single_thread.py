@@ -8,7 +8,7 @@ __all__ = ["use_one_thread"]
 def use_one_thread() -> None:
     """Set torch, and what numpy calls, to one thread for the rest of the process."""
     import torch
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     torch.set_num_threads(1)
     threadpool_limits(1)

@@ -2,13 +2,15 @@
 
 Order matters. At a commit:
 
-1. Dead letters of the steps since the last commit are written and acknowledged.
+1. Dead letters of the steps since the last commit are acknowledged by the broker, then written to the file.
 2. The segment of predictions is written.
 3. The checkpoint is written and the head moved: the commit point.
 4. A release is cut from exactly this state and ``CURRENT`` moved to it.
 5. Offsets are committed to the broker, for lag charts only.
 
-A crash before 3 repeats the steps since the last commit from the same cursors; 1, 2 and 4 are idempotent.
+A crash before 3 repeats the steps since the last commit from the same cursors. Letters that the file holds
+are not sent again; a segment that no commit has named is removed; a release that a crash between 3 and 4 has
+prevented is cut at the next start. While the broker is away, 1 waits, and with it the commit.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,10 +33,13 @@ from jobs.predictions import PredictionLog
 from jobs.prepared import PreparedBlock, StepEvents, prepare
 from jobs.publishing import FirstReleases, load_first, publish_student
 from jobs.release import garbage_collect, pointed
+from jobs.release_manifest import parse_name
+from jobs.release_pointer import CURRENT, read_pointer
 from jobs.steps import StepCutter
 from jobs.worker_tracking import WorkerTracking
 from pipelines.config import Config
 from pipelines.dead_letters import DeadLetterFile
+from pipelines.errors import StaleStateError, TransientError
 from pipelines.events import TOPICS, DeadLetter, EventBlock
 from pipelines.joined import NegativeDelay
 from pipelines.kafka_source import Cursor, KafkaSource
@@ -47,6 +52,8 @@ log = logging.getLogger(__name__)
 _LINGER_S = 0.25
 _POLL_ROWS = 8192
 _FRESHNESS_RESOLUTION_MS = 100
+_REPORT_EVERY_S = 5.0
+_BROKER_RETRY_S = 1.0
 
 
 class Worker:
@@ -75,6 +82,7 @@ class Worker:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.config, self.releases, self.state, self._clock = config, releases, state, clock
+        self._until_end = until_end
         self.first: FirstReleases = load_first(releases)
         self.store = CheckpointStore(state, keep=config.stream.keep_checkpoints)
         self.store.open()
@@ -94,51 +102,25 @@ class Worker:
         self._committed_step = self.loop.step_number
         self._letters: list[DeadLetter] = []
         self._produced: dict[int, int] = {}
-        self._stopping = False
+        self._last_commit = self._last_report = self._clock()
+        self._reported_step = self.loop.step_number
+        self._is_stopping = False
 
     def stop(self) -> None:
         """Finish the step at hand, commit and return from `run`."""
-        self._stopping = True
+        self._is_stopping = True
 
     def run(self) -> None:
-        """Consume until stopped, or until the end if that was asked for.
-
-        Each step is: predict, record, learn, calibrate (`OnlineLoop.step`); then, when it is time, commit
-        and publish.
-        """
+        """Consume until stopped, or until the end if that was asked for."""
         running = {"pid": os.getpid(), "epoch": self.store.epoch, "since_ms": round(self._clock() * 1000)}
         (self.state / "running.json").write_text(json.dumps(running), encoding="utf-8")
-        last_commit = last_row = last_report = self._clock()
-        reported = self.loop.step_number
-        while not self._stopping:
-            block = self.source.poll(_POLL_ROWS, timeout_s=0.1)
-            now = self._clock()
-            if block is not None:
-                last_row = now
-                for events in self._cutter.feed(block):
-                    self._step(events)
-                    if self._stopping:
-                        break
-                    if self._clock() - last_commit >= self.config.stream.publish_every / 1000:
-                        self.commit()
-                        last_commit = self._clock()
-            elif self.source.exhausted:
-                break
-            elif now - last_row >= _LINGER_S:
-                for events in self._cutter.flush():
-                    self._step(events)
-            if now - last_commit >= self.config.stream.publish_every / 1000:
-                self.commit()
-                last_commit = self._clock()
-            if now - last_report >= 5:
-                self._report(now - last_report, self.loop.step_number - reported)
-                last_report, reported = now, self.loop.step_number
-        if not self._stopping:
-            for events in self._cutter.flush():
-                self._step(events)
-        self.commit()
-        self.tracking.published(self.releases / self.release)
-        self.close()
+        try:
+            self._consume()
+            while not self._commit_or_wait():
+                time.sleep(_BROKER_RETRY_S)
+            self.tracking.published(self.releases / self.release)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Leave the broker and MLflow."""
@@ -146,66 +128,141 @@ class Worker:
         self.tracking.close()
 
     def commit(self) -> None:
-        """Make everything up to the last step durable, then publish it: see the module's order."""
+        """Make everything up to the last step durable, then publish it: see the module's order.
+
+        Raises
+        ------
+        TransientError
+            If the broker does not take dead letters: nothing has been committed, and it can be tried again.
+        StaleStateError
+            If another worker has taken over.
+        SetupError
+            If the disk refuses to take the state.
+        """
+        self._hand_over_letters()
         if not self.loop.tasks or self.loop.step_number == self._committed_step:
             return
-        self.dead_letters.append(self._letters)
-        self.source.publish_dead_letters(self._letters)
-        self._letters = []
-        segment = self.predictions.write_segment(self._committed_step, self.loop.step_number)
+        segment = self.predictions.write_segment(
+            self._committed_step, self.loop.step_number, self.store.epoch
+        )
         if segment is not None:
             self.segments.append(segment)
         arrays, plain = loop_state(self.loop)
         # The cursor is part of what is compared: equal digests mean equal state at the same rows.
         plain["cursor"] = self.cursor.to_state()
-        produced, self._produced = self._produced, {}
+        plain["first_release"] = self.first.student.digest()
+        produced, self._produced = sorted(self._produced.items()), {}
         self.digest = self.store.commit(
             self.loop.step_number,
             arrays,
             plain,
             cursor=plain["cursor"],
             outputs=self.segments,
-            volatile={"committed_at": self._clock()},
+            volatile={"committed_at": self._clock(), "produced_at": produced},
         )
         self._committed_step = self.loop.step_number
+        self._publish(self.store.epoch, produced)
+        self.source.commit_offsets(self.cursor)
+        needed = (self.first.teacher.name, self.first.student.name)
+        garbage_collect(self.releases, self.config.stream.keep_releases, needed)
+        self.tracking.committed(self.loop, {"messages": float(self.source.lag())})
+
+    def _consume(self) -> None:
+        """Each step is: predict, record, learn, calibrate; then, when it is time, commit and publish."""
+        last_row = self._clock()
+        while not self._is_stopping:
+            block = self.source.poll(_POLL_ROWS, timeout_s=0.1)
+            if block is not None:
+                last_row = self._clock()
+                self._apply(self._cutter.feed(block))
+            elif self.source.exhausted:
+                self._apply(self._cutter.flush())
+                return
+            elif not self._until_end and self._clock() - last_row >= _LINGER_S:
+                # Of a log with an end every step is full but the last, however slowly it comes.
+                self._apply(self._cutter.flush())
+            self._when_due()
+
+    def _apply(self, steps: Iterable[StepEvents]) -> None:
+        for events in steps:
+            self._step(events)
+            if self._is_stopping:
+                return
+            self._when_due()
+
+    def _when_due(self) -> None:
+        now = self._clock()
+        if now - self._last_commit >= self.config.stream.publish_every / 1000:
+            self._commit_or_wait()
+            self._last_commit = self._clock()
+        if now - self._last_report >= _REPORT_EVERY_S:
+            self._report(now - self._last_report, self.loop.step_number - self._reported_step)
+            self._last_report, self._reported_step = now, self.loop.step_number
+
+    def _commit_or_wait(self) -> bool:
+        """Commit; False if the broker is away and the commit has to wait."""
+        try:
+            self.commit()
+        except TransientError as error:
+            if self._is_stopping:
+                raise
+            log.warning("commit postponed: %s", error.message)
+            return False
+        return True
+
+    def _hand_over_letters(self) -> None:
+        letters = self.dead_letters.unwritten(self._letters)
+        self.source.publish_dead_letters(letters)
+        self.dead_letters.append(letters)
+        self._letters = []
+
+    def _publish(self, epoch: int, produced: list[tuple[int, int]]) -> None:
+        """Cut a release from the state of the last commit, which ``epoch`` has made."""
+        counts = {"resolution_ms": _FRESHNESS_RESOLUTION_MS, "counts": produced}
         self.release = publish_student(
             self.releases,
             self.loop,
             self.first,
-            epoch=self.store.epoch,
+            epoch=epoch,
             parent=self.release,
             extra={
                 "state_digest": self.digest,
                 "published_at": round(self._clock() * 1000),
-                "produced_at": {
-                    "resolution_ms": _FRESHNESS_RESOLUTION_MS,
-                    "counts": sorted(produced.items()),
-                },
+                "produced_at": counts,
             },
         )
-        self.source.commit_offsets(self.cursor)
-        garbage_collect(self.releases, self.config.stream.keep_releases)
-        self.tracking.committed(self.loop, {"messages": float(self.source.lag())})
 
     def _restore(self) -> Cursor | None:
         checkpoint = self.store.load()
         if checkpoint is None:
             self.predictions.keep_only([])
             return None
+        plain = dict(checkpoint.plain)
+        cursor = Cursor.from_state(plain.pop("cursor"))
+        if plain.pop("first_release") != self.first.student.digest():
+            raise StaleStateError(
+                f"the state in {self.state} began with another first student than that in {self.releases}.",
+                hint="name the --releases folder that belongs to this --state, or a new --state folder",
+            )
         self.loop.begin(self.first.students(), self.first.calibrators(), self._frozen.teachers)
-        cursor = Cursor.from_state(checkpoint.plain.pop("cursor"))
-        load_loop_state(self.loop, checkpoint.arrays, checkpoint.plain)
+        load_loop_state(self.loop, checkpoint.arrays, plain)
         self.segments = list(checkpoint.manifest["outputs"])
         self.predictions.keep_only(self.segments)
         self.digest = checkpoint.manifest["digest"]
-        self.release = pointed(self.releases, "CURRENT") or self.release
+        self.release = pointed(self.releases, CURRENT) or self.release
         log.info("restored step=%d checkpoint=%s", self.loop.step_number, checkpoint.path.name)
+        self._publish_what_a_crash_prevented(checkpoint.manifest)
         return cursor
 
+    def _publish_what_a_crash_prevented(self, manifest: Mapping[str, Any]) -> None:
+        pointer = read_pointer(self.releases, CURRENT)
+        committed = (manifest["epoch"], manifest["step"])
+        if pointer is None or (not pointer.rollback and parse_name(pointer.name)[:2] < committed):
+            produced = [(bucket, count) for bucket, count in manifest["volatile"]["produced_at"]]
+            self._publish(manifest["epoch"], produced)
+
     def _prepare(self, block: EventBlock) -> PreparedBlock:
-        return prepare(
-            block, self.first.student.spec, self.first.student.segments, self._teachers, self._kinds
-        )
+        return prepare(block, self.first.student.spec, self.first.student.segments, self._frozen, self._kinds)
 
     def _step(self, events: StepEvents) -> None:
         if not self.loop.tasks and events.clock >= self.first.warm_up_until:

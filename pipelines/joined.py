@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ class Arrivals:
     impression_id: list[str]
     event_time: Ints
     arrival_time: Ints
-    features: dict[str, NDArray[np.generic]]
+    features: dict[str, NDArray[Any]]
 
     def __len__(self) -> int:
         return len(self.impression_id)

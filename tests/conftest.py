@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from jobs.broker import Broker
+    from tests.small_run import SmallRun
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +33,11 @@ def spark() -> Iterator[SparkSession]:
     session = spark_session("ctrstream-tests", master="local[2]", jars=jars)
     yield session
     stop_spark(session)
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """A small simulated log, the models trained on its first quarter, and a backtest over the rest."""
+    from tests.small_run import build_small_run
+
+    return build_small_run(tmp_path_factory.mktemp("small_run"))
