@@ -109,9 +109,10 @@ class FigureRow:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and values."""
+    """Names and values; in one column where they are to be compared."""
 
     rows: tuple[tuple[str, Cell], ...]
+    is_one_column: bool = False
     kind: Literal["facts"] = "facts"
 
 

@@ -236,7 +236,7 @@ def recovery_section(run: RunFolder) -> Section:
         "bad": "A killed and resumed worker ended in another state: rows were lost or learned twice.",
         "unknown": "No crash was tried.",
     }[verdict]
-    return Section(anchor, title, lead=lead, blocks=(Facts(tuple(facts)),))
+    return Section(anchor, title, lead=lead, blocks=(Facts(tuple(facts), is_one_column=True),))
 
 
 def timing_section(run: RunFolder) -> Section:
