@@ -67,9 +67,16 @@ class Student:
         """A student that has learned nothing; its logits are near 0."""
         return cls(spec, config, initial_weights(Layout.of(spec, config), config.seed))
 
-    def fit(self, train: TrainingSet, validation: TrainingSet | None = None) -> WarmUp:
-        """Train all layers offline; see `models.warm_up.warm_up`. Earlier learning is forgotten."""
-        return warm_up(self, train, validation)
+    def fit(
+        self, train: TrainingSet, validation: TrainingSet | None = None, *, epochs: int | None = None
+    ) -> WarmUp:
+        """Train all layers offline, from the start; see `models.warm_up.warm_up`.
+
+        ``epochs`` replaces ``config.warmup_epochs``.
+        """
+        for name, weight in initial_weights(self.layout, self.config.seed).items():
+            self.weights[name].copy_(weight)
+        return warm_up(self, train, validation, epochs or self.config.warmup_epochs)
 
     def predict_logit(self, buckets: NDArray[np.int32], numbers: NDArray[np.float32]) -> NDArray[np.float64]:
         """Log-odds of the outcome for each row, shape (n,); of ``p`` itself under every policy."""

@@ -37,7 +37,7 @@ class WarmUp:
     validation_log_loss: tuple[float, ...]
 
 
-def warm_up(student: Student, train: TrainingSet, validation: TrainingSet | None) -> WarmUp:
+def warm_up(student: Student, train: TrainingSet, validation: TrainingSet | None, epochs: int) -> WarmUp:
     """Train all layers by the cure-model loss.
 
     1. The bias starts at the base rate.
@@ -67,7 +67,7 @@ def warm_up(student: Student, train: TrainingSet, validation: TrainingSet | None
     student.thaw()
     losses: list[float] = []
     best: dict[str, NDArray[np.generic]] | None = None
-    for epoch in range(student.config.warmup_epochs):
+    for epoch in range(epochs):
         student.reset_tables()
         _one_epoch(student, train, weight)
         if validation is None or len(validation) == 0:
@@ -82,7 +82,7 @@ def warm_up(student: Student, train: TrainingSet, validation: TrainingSet | None
     if best is not None:
         student.load_state(best)
     student.freeze()
-    return WarmUp(int(np.argmin(losses)) + 1 if losses else student.config.warmup_epochs, tuple(losses))
+    return WarmUp(int(np.argmin(losses)) + 1 if losses else epochs, tuple(losses))
 
 
 def _one_epoch(student: Student, train: TrainingSet, weight: NDArray[np.float64]) -> None:

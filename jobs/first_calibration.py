@@ -1,0 +1,95 @@
+"""The first calibrator of a model, from held-out rows whose labels may still change."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import brentq
+
+from calibration.chain import CalibrationChain
+from calibration.online import OnlineConfig
+from calibration.segments import SegmentConfig
+from jobs.held_out import enough_of_both
+from models.base import sigmoid
+from models.losses import cure_posterior
+from pipelines.training_set import TrainingSet
+
+__all__ = ["fit_first_calibrator"]
+
+_LARGEST_CHANGE = 1e-4
+_MAXIMUM_STEPS = 50
+_LARGEST_SHIFT = 30.0
+
+
+def fit_first_calibrator(
+    logit: NDArray[np.float64],
+    rows: TrainingSet,
+    method: str,
+    *,
+    online: bool,
+    segments: tuple[str, ...] = (),
+) -> CalibrationChain:
+    """Fit the shape of a chain to logits of rows that the model had not learned when it predicted them.
+
+    1. The logits are shifted so that they expect as many positives as were seen. The level of the held-out
+       window against the rows before it is drift, which the model that is used has learned by then: it has
+       seen the held-out rows, too. Corrected once more here, it would count twice.
+    2. A row without an outcome so far is a soft row: with ``r = P(y = 1 | nothing seen yet)`` it counts as
+       ``r`` of a positive and ``1 - r`` of a negative. ``r`` needs a calibrated probability, so the two are
+       found in turn (EM: Platt's line from the soft rows, soft rows from the line) until ``r`` rests.
+    3. The method asked for is fitted to the shifted logits and the last soft rows.
+
+    Parameters
+    ----------
+    logit : ndarray, shape (n,)
+    rows : TrainingSet
+    method : {"auto", "none", "platt", "isotonic"}
+        Taken as "none" where there are fewer than 20 positives or negatives.
+    online : bool
+        Add a line that goes on learning.
+    segments : tuple of str
+        Names of the columns of ``rows.segment_key``; empty adds no segment correction.
+    """
+    if enough_of_both(rows) is not None:
+        method = "none"
+    label, weight = rows.label.astype(np.float64), rows.weight.astype(np.float64)
+    if method != "none":
+        logit = logit + _level_shift(logit, rows, weight)
+        label = _soft_labels(logit, rows, weight)
+    return CalibrationChain.fit(
+        logit,
+        label,
+        weight,
+        method=method,
+        online=OnlineConfig() if online else None,
+        segments=SegmentConfig(segments) if segments else None,
+        segment_keys=rows.segment_key if segments and method != "none" else None,
+    )
+
+
+def _level_shift(logit: NDArray[np.float64], rows: TrainingSet, weight: NDArray[np.float64]) -> float:
+    exposure, seen = weight * rows.observed_share, float(np.sum(weight * rows.label))
+
+    def excess(shift: float) -> float:
+        return float(np.sum(exposure * sigmoid(logit + shift))) - seen
+
+    # More seen than all could have given, by a delay curve that is off: no shift explains that.
+    if excess(_LARGEST_SHIFT) <= 0.0:
+        return 0.0
+    return float(brentq(excess, -_LARGEST_SHIFT, _LARGEST_SHIFT))
+
+
+def _soft_labels(
+    logit: NDArray[np.float64], rows: TrainingSet, weight: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    positive, share = rows.label > 0.5, rows.observed_share.astype(np.float64)
+    soft = np.where(positive, 1.0, cure_posterior(logit, share))
+    if (share >= 1.0).all():
+        return soft
+    for _ in range(_MAXIMUM_STEPS):
+        line = CalibrationChain.fit(logit, soft, weight, method="platt")
+        calibrated = np.asarray(line.transform_logit(logit), np.float64)
+        before, soft = soft, np.where(positive, 1.0, cure_posterior(calibrated, share))
+        if float(np.max(np.abs(soft - before))) < _LARGEST_CHANGE:
+            break
+    return soft

@@ -1,0 +1,225 @@
+"""Teacher and first student of each task, trained, evaluated and calibrated; a pure function of data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibration.chain import CalibrationChain
+from jobs.first_calibration import fit_first_calibrator
+from jobs.held_out import base_rate_of, enough_of_both, figures, informative, progressive_logit, split_in_time
+from models.gbdt import GbdtModel
+from models.student import Student
+from pipelines.config import Config
+from pipelines.errors import DataError
+from pipelines.feature_spec import FeatureSpec
+from pipelines.training_set import TrainingSet
+
+__all__ = ["TaskModels", "Trained", "train_models"]
+
+
+@dataclass(frozen=True)
+class TaskModels:
+    """What one task starts with.
+
+    Attributes
+    ----------
+    teacher : GbdtModel or Student
+        By ``config.teacher.model``.
+    teacher_calibrator : CalibrationChain
+        Fixed: neither online nor by segment.
+    student : Student
+    student_calibrator : CalibrationChain
+        With the online line and the segments that the configuration asks for.
+    report : dict
+        Figures on the held-out window, plain data, finite: see `train_models`.
+    """
+
+    teacher: GbdtModel | Student
+    teacher_calibrator: CalibrationChain
+    student: Student
+    student_calibrator: CalibrationChain
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Models by task, and for tasks that cannot be trained the reason."""
+
+    models: dict[str, TaskModels]
+    skipped: dict[str, str]
+
+
+def train_models(
+    sets: Mapping[str, TrainingSet],
+    spec: FeatureSpec,
+    config: Config,
+    *,
+    now_split: int | None = None,
+    segments: tuple[str, ...] | None = None,
+) -> Trained:
+    """Train, evaluate and calibrate.
+
+    For each task:
+
+    1. Rows of which less than half of the outcomes would be known are left out, and the last fifth of the
+       others is held out.
+    2. Teacher and student are fitted to the earlier rows; the held-out ones decide when to stop: the number
+       of trees and of epochs.
+    3. Teacher and student predict the held-out rows. The student does so twice: as it stands
+       (``student_frozen``), and progressively, going on to learn each row once its outcome can be known,
+       which is how it will be served (``student``).
+    4. These logits are evaluated, and the shapes of the calibrators are fitted to them.
+    5. The teacher is fitted again, to earlier and held-out rows, with the number of trees of step 2. The
+       student is kept as step 3 left it: it has learned the held-out rows, and its calibrator belongs to it.
+
+    Open labels enter everywhere by the cure model. The figures are of uncalibrated logits; step 2 has seen
+    the held-out rows, so they are slightly too good.
+
+    Parameters
+    ----------
+    sets : mapping of task to TrainingSet
+    spec : FeatureSpec
+    config : Config
+    now_split : int, optional
+        Event time (ms) from which rows are held out.
+    segments : tuple of str, optional
+        Names of the columns of ``segment_key``; ``config.calibration.segments`` without it.
+
+    Returns
+    -------
+    Trained
+        ``report`` of a task: ``rows, positives, used_rows, held_out_rows, held_out_positives``,
+        ``held_out_from`` (ms), ``base_rate`` before it, and by model ``teacher``, ``student``,
+        ``student_frozen`` the figures of `jobs.held_out.figures`, with ``rounds`` or ``epochs`` and
+        ``calibration``.
+
+    Raises
+    ------
+    DataError
+        If the segments are not the columns of ``segment_key``.
+    """
+    models: dict[str, TaskModels] = {}
+    skipped: dict[str, str] = {}
+    for task, rows in sets.items():
+        names = _segment_names(rows, config, segments)
+        used = informative(rows)
+        reason = enough_of_both(used)
+        if reason is None:
+            train, held_out = split_in_time(used, now_split)
+            reason = enough_of_both(train)
+            reason = reason and f"before the held-out window: {reason}"
+        if reason is not None:
+            skipped[task] = reason
+            continue
+        report = _counts(rows, train, held_out)
+        models[task] = _train_task(task, used, train, held_out, spec, config, names, report)
+    return Trained(models, skipped)
+
+
+def _train_task(
+    task: str,
+    rows: TrainingSet,
+    train: TrainingSet,
+    held_out: TrainingSet,
+    spec: FeatureSpec,
+    config: Config,
+    segments: tuple[str, ...],
+    report: dict[str, Any],
+) -> TaskModels:
+    delay = _label_delay(task, train, config)
+    method = config.calibration.method
+    base_rate = report["base_rate"]
+
+    teacher, length = _fit_teacher(train, held_out, spec, config, delay)
+    logit = teacher.predict_logit(held_out.buckets, held_out.numbers)
+    teacher_calibrator = fit_first_calibrator(logit, held_out, method, online=False)
+    report["teacher"] = _summary(logit, held_out, base_rate, teacher_calibrator) | length
+    teacher, _ = _fit_teacher(rows, None, spec, config, delay, length)
+
+    student = Student.create(spec, config.student)
+    epochs = student.fit(train, held_out).epochs
+    frozen_logit = student.predict_logit(held_out.buckets, held_out.numbers)
+    logit = progressive_logit(student, held_out, delay)
+    student_calibrator = fit_first_calibrator(
+        logit, held_out, method, online=config.calibration.online, segments=segments
+    )
+    report["student"] = _summary(logit, held_out, base_rate, student_calibrator) | {"epochs": epochs}
+    report["student_frozen"] = figures(frozen_logit, held_out, base_rate) if len(held_out) else {}
+    return TaskModels(teacher, teacher_calibrator, student, student_calibrator, report)
+
+
+def _counts(rows: TrainingSet, train: TrainingSet, held_out: TrainingSet) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "rows": len(rows),
+        "positives": int(np.count_nonzero(rows.label > 0.5)),
+        "used_rows": len(train) + len(held_out),
+        "held_out_rows": len(held_out),
+        "held_out_positives": int(np.count_nonzero(held_out.label > 0.5)),
+        "base_rate": base_rate_of(train),
+    }
+    if len(held_out):
+        found["held_out_from"] = int(held_out.event_time[0])
+    return found
+
+
+def _fit_teacher(
+    rows: TrainingSet,
+    validation: TrainingSet | None,
+    spec: FeatureSpec,
+    config: Config,
+    label_delay: int,
+    length: Mapping[str, int] | None = None,
+) -> tuple[GbdtModel | Student, dict[str, int]]:
+    """The teacher and how long it was trained, ``rounds`` or ``epochs``; ``length`` prescribes it."""
+    if config.teacher.model == "network":
+        network = Student.create(spec, config.student)
+        done = network.fit(rows, validation, epochs=None if length is None else length["epochs"])
+        return network, {"epochs": done.epochs}
+    trees = GbdtModel.fit(
+        rows,
+        spec,
+        config.teacher,
+        validation,
+        seed=config.student.seed,
+        rounds=None if length is None else length["rounds"],
+        label_delay=label_delay,
+    )
+    return trees, {"rounds": trees.rounds}
+
+
+def _summary(
+    logit: NDArray[np.float64], held_out: TrainingSet, base_rate: float, calibrator: CalibrationChain
+) -> dict[str, Any]:
+    found = figures(logit, held_out, base_rate) if len(held_out) else {}
+    return {**found, "calibration": calibrator.method}
+
+
+def _label_delay(task: str, train: TrainingSet, config: Config) -> int:
+    """Milliseconds after which an outcome is taken as known.
+
+    The window of the task; but at most an eighth of the training span, or a window as long as the log would
+    leave no row with a label to see.
+    """
+    attribution = config.attribution
+    window = attribution.click_window if task == "click" else attribution.attribution_window
+    return min(window, int(train.event_time[-1] - train.event_time[0]) // 8)
+
+
+def _segment_names(rows: TrainingSet, config: Config, segments: tuple[str, ...] | None) -> tuple[str, ...]:
+    columns = rows.segment_key.shape[1]
+    names = config.calibration.segments if segments is None else segments
+    if segments is None and columns == 0:
+        # The log has none of the configured columns.
+        return ()
+    if len(names) != columns:
+        raise DataError(
+            f"expected {len(names)} calibration segments ({', '.join(names)}). "
+            f"Received: {columns} columns of segment keys.",
+            hint="name the segments that the training set was made with",
+        )
+    return names
