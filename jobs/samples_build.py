@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -18,7 +19,15 @@ from pipelines.errors import ConfigError, DataError
 from pipelines.feature_spec import FeatureSpec
 from pipelines.lake import ddl, lake_version, read_lake
 from pipelines.sample_encode import SampleEncoding, TaskWindow, sample_rows
-from pipelines.sample_join import JoinWindow, event_counts, join_samples, outcome_delays, sampled
+from pipelines.sample_join import (
+    JoinWindow,
+    count_sums,
+    event_counts,
+    join_samples,
+    outcome_delays,
+    sampled,
+    with_rows,
+)
 from pipelines.snapshot import (
     DATA_NAME,
     MANIFEST_NAME,
@@ -57,8 +66,8 @@ def build(
 ) -> Path:
     """Build a snapshot, or return the one that the same inputs have built before.
 
-    1. Join and label the window's events by native expressions.
-    2. Count what became of each event; infer the feature spec where none is given.
+    1. Join and label the window's events by native expressions; count what became of each event.
+    2. Infer the feature spec where none is given.
     3. Fit the delay curves on counts of outcomes by delay and follow-up.
     4. Encode and write the rows into a hidden folder.
     5. Describe every file in the manifest, flush, rename.
@@ -111,27 +120,28 @@ def build(
         logger.info("%s exists: the same inputs built it before", target)
         return target
     join = JoinWindow(as_of - window, as_of, config.attribution)
-    samples = join_samples(read_lake(spark, lake), join).persist()
-    try:
-        with staging(out, name) as staged:
-            manifest = _write(samples, staged, join, config, spec, negative_rate)
-            manifest = manifest.model_copy(
-                update={"snapshot_id": name, "window": window, "lake_version": inputs["lake"]}
-            )
-            return finish(staged, target, manifest)
-    finally:
-        samples.unpersist()
+    with staging(out, name) as staged:
+        joined = staged / "joined"
+        events = _join(spark, lake, joined, join)
+        samples = spark.read.parquet(str(joined))
+        manifest = _write(samples, staged, join, events, config, spec, negative_rate)
+        shutil.rmtree(joined)
+        identity = {"snapshot_id": name, "lake_version": inputs["lake"]}
+        return finish(staged, target, manifest.model_copy(update=identity))
 
 
-def _write(
-    samples: DataFrame,
-    staged: Path,
-    join: JoinWindow,
-    config: Config,
-    spec: FeatureSpec | None,
-    negative_rate: float,
-) -> SnapshotManifest:
-    events = event_counts(samples)
+def _join(spark: SparkSession, lake: Path, joined: Path, join: JoinWindow) -> dict[str, dict[str, int]]:
+    """Write the joined, labelled impressions, which three passes read; returns the counts of events.
+
+    A file survives a lost executor and needs no memory, and costs less than Spark's cache.
+    """
+    from pyspark.sql import Observation
+
+    observation = Observation("events")
+    samples = join_samples(read_lake(spark, lake), join)
+    observed = samples.observe(observation, *count_sums(samples))
+    with_rows(observed).write.parquet(str(joined))
+    events = event_counts(observation.get)
     if events["impression"]["used"] == 0:
         raise DataError(
             f"expected impressions in the {format_duration(join.as_of - join.since)} before --as-of that had "
@@ -139,6 +149,18 @@ def _write(
             f"{events['impression']['late']} late).",
             hint="choose another --as-of or --window, or run `ctrstream samples ingest` first",
         )
+    return events
+
+
+def _write(
+    samples: DataFrame,
+    staged: Path,
+    join: JoinWindow,
+    events: dict[str, dict[str, int]],
+    config: Config,
+    spec: FeatureSpec | None,
+    negative_rate: float,
+) -> SnapshotManifest:
     used = spec if spec is not None else _infer(samples, join, events["impression"]["used"])
     curves = _delay_curves(samples, join, config)
     encoding = SampleEncoding(
@@ -238,7 +260,7 @@ def _write_rows(samples: DataFrame, staged: Path, encoding: SampleEncoding) -> M
     for task in encoding.tasks:
         for number, path in enumerate(sorted((written / f"of_task={task}").glob("*.parquet"))):
             path.rename(data / f"{task}-{number:05d}.parquet")
-    _remove(written)
+    shutil.rmtree(written)
     return observation.get
 
 
@@ -302,12 +324,6 @@ def _describe(staged: Path) -> list[tuple[Path, SnapshotFile]]:
         task: Task = "click" if path.name.startswith("click-") else "conversion"
         described.append((path, describe_file(path, task)))
     return described
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
 
 
 def _code_version() -> str:

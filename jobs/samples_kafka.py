@@ -101,7 +101,7 @@ def _kafka_stream(spark: SparkSession, kafka: KafkaConfig) -> DataFrame:
         .selectExpr("topic", "partition", "offset", "unix_millis(timestamp) AS timestamp", "value")
     )
     rows = source.mapInArrow(partial(kafka_rows, topics=topics), ddl(LAKE_SCHEMA))
-    return with_partitions(rows).observe("ingested", *count_kinds())
+    return with_partitions(rows).observe("ingested", *count_kinds()).repartition(*PARTITION_COLUMNS)
 
 
 def spark_kafka_options(options: dict[str, Any]) -> dict[str, str]:

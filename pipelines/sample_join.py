@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["JoinWindow", "event_counts", "join_samples", "outcome_delays", "sampled"]
 
 _POSITION = ("source", "partition", "offset", "row")
+_COUNT = "n_"
 _TRAVEL = ("user_id", "item_id", "position", "features")
 
 
@@ -69,27 +70,41 @@ def join_samples(events: DataFrame, window: JoinWindow) -> DataFrame:
         One row for each impression, and for each id that only clicks or conversions name:
         ``impression_id, event_time, user_id, item_id, position, features`` of the impression; for each task
         ``<task>_opened`` (ms; null: no row), ``<task>_label`` (int), ``<task>_known`` (ms, when the label
-        became 1; null for 0), ``<task>_mature``; and ``copies`` and ``n_<kind>_<class>`` for
-        `event_counts`.
+        became 1; null for 0), ``<task>_mature``; and ``n_<kind>_<class>`` for `count_sums`.
     """
     joined = _impressions(events, window).join(_outcomes(events, window), "impression_id", "full_outer")
     return _with_counts(_with_conversions(_with_clicks(joined, window), window), window)
 
 
-def event_counts(samples: DataFrame) -> dict[str, dict[str, int]]:
+def count_sums(samples: DataFrame) -> list[Column]:
+    """Sums for `event_counts`, to be observed while the samples are written: no pass of their own."""
+    return [F.sum(name).alias(name) for name in samples.columns if name.startswith(_COUNT)]
+
+
+def with_rows(samples: DataFrame) -> DataFrame:
+    """Only impressions that make a row of either task, without the counts."""
+    counts = [name for name in samples.columns if name.startswith(_COUNT)]
+    return samples.where(F.coalesce("click_opened", "conversion_opened").isNotNull()).drop(*counts)
+
+
+def event_counts(sums: Mapping[str, int | None]) -> dict[str, dict[str, int]]:
     """What became of every event that was read: ``{kind: {class: rows}}``; classes of a kind sum to ``read``.
 
     Classes: ``duplicate`` (same event again), ``credited``, ``superseded`` (another was first), ``late``
     (arrived after its window had closed), ``out_of_window`` (happened after it), ``negative_delay``
-    (happened before what it belongs to), ``unclicked`` (conversion without a credited click),
-    ``before_window`` (belongs to an impression before the window), ``orphan`` (no such impression known).
+    (happened before what it belongs to), ``retraction``, ``unclicked`` (conversion without a credited
+    click), ``before_window`` (belongs to an impression before the window), ``orphan`` (no such impression
+    known); of impressions ``used``, ``late``, ``duplicate``, ``before_window``.
+
+    Parameters
+    ----------
+    sums : mapping of str to int
+        Values of `count_sums`.
     """
-    names = [name for name in samples.columns if name.startswith("n_")]
-    row = samples.agg(*[F.sum(name).alias(name) for name in names]).first()
     counts: dict[str, dict[str, int]] = {}
-    for name in names:
-        _, kind, event_class = name.split("_", 2)
-        counts.setdefault(kind, {})[event_class] = int((row[name] if row is not None else 0) or 0)
+    for name, value in sums.items():
+        kind, event_class = name.removeprefix(_COUNT).split("_", 1)
+        counts.setdefault(kind, {})[event_class] = int(value or 0)
     for classes in counts.values():
         classes["read"] = sum(classes.values())
     return counts

@@ -40,7 +40,7 @@ def impressions(first: int, n: int) -> pa.Table:
         "item_id": [f"t{k % 3}" for k in range(n)],
         "position": [1 + k % 4 for k in range(n)],
         "price": [k / 4 for k in range(n)],
-        "tags": [[], ["a"], ["a", "ä\"b"]] * (n // 3) + [None] * (n % 3),
+        "tags": [[], ["a"], ["a", 'ä"b']] * (n // 3) + [None] * (n % 3),
     }
     return conform(IMPRESSION, pa.table(columns))
 
@@ -68,7 +68,9 @@ def conversions(first: int, n: int) -> pa.Table:
 
 def rows_of(spark: SparkSession, lake: Path, kind: str) -> list[dict[str, Any]]:
     table = read_lake(spark, lake).where(f"kind = '{kind}'").toArrow()
-    return sorted(table.to_pylist(), key=lambda row: (row["source"], row["partition"], row["offset"], row["row"]))
+    return sorted(
+        table.to_pylist(), key=lambda row: (row["source"], row["partition"], row["offset"], row["row"])
+    )
 
 
 def send(broker: Broker, topic: str, payloads: list[bytes | None]) -> None:
@@ -119,12 +121,18 @@ def test_each_message_is_ingested_once_however_often_the_job_runs(from_kafka: An
     assert first.lake_version == again.lake_version != more.lake_version
 
 
-def test_lake_holds_the_events_with_their_features_and_positions(spark: SparkSession, from_kafka: Any) -> None:
+def test_lake_holds_the_events_with_their_features_and_positions(
+    spark: SparkSession, from_kafka: Any
+) -> None:
     lake, _ = from_kafka
     rows = {row["event_id"]: row for row in rows_of(spark, lake, "impression")}
     assert len(rows) == 15
-    assert json.loads(rows["i2"]["features"]) == {"price": 0.5, "tags": ["a", "ä\"b"]}
-    assert (rows["i2"]["source"], rows["i2"]["partition"], rows["i2"]["offset"]) == ("ingest-impressions", 0, 1)
+    assert json.loads(rows["i2"]["features"]) == {"price": 0.5, "tags": ["a", 'ä"b']}
+    assert (rows["i2"]["source"], rows["i2"]["partition"], rows["i2"]["offset"]) == (
+        "ingest-impressions",
+        0,
+        1,
+    )
     assert (rows["i10"]["partition"], rows["i10"]["row"]) == (0, 1)
     assert rows["i9"]["event_time"] == rows["i9"]["arrival_time"] == START + 9 * HOUR // 4
     assert (rows["i9"]["event_date"], rows["i9"]["event_hour"]) == ("2026-01-05", 2)
@@ -155,7 +163,7 @@ def test_rows_that_no_commit_names_are_not_read(spark: SparkSession, from_kafka:
 
 
 def test_absent_broker_and_absent_topic_are_told(spark: SparkSession, broker: Broker, tmp_path: Path) -> None:
-    with pytest.raises(TransientError, match="no Kafka broker answers at 127.0.0.1:9"):
+    with pytest.raises(TransientError, match="no Kafka broker answers at"):
         ingest(spark, tmp_path, Config(), bootstrap_servers="127.0.0.1:9")
     with pytest.raises(DataError, match="At least one is missing"):
         ingest(spark, tmp_path, kafka_config(broker, "never-made", create=False))
@@ -218,7 +226,9 @@ def test_file_that_changed_after_it_was_ingested_is_refused(spark: SparkSession,
         ingest(spark, lake, Config(), events=log)
 
 
-def test_batch_without_its_manifest_is_invisible_and_written_again(spark: SparkSession, tmp_path: Path) -> None:
+def test_batch_without_its_manifest_is_invisible_and_written_again(
+    spark: SparkSession, tmp_path: Path
+) -> None:
     log, lake = write_log(tmp_path / "log", ".parquet"), tmp_path / "lake"
     ingest(spark, lake, Config(), events=log)
     (batch,) = committed_batches(lake)
@@ -236,7 +246,11 @@ def test_raw_messages_beside_a_log_are_dead_letters(spark: SparkSession, tmp_pat
     (log / "malformed.jsonl").write_text(line + "\n")
     assert ingest(spark, lake, Config(), events=log).dead_letters == 1
     (letter,) = rows_of(spark, lake, "dead_letter")
-    assert (letter["source"], letter["payload"], letter["arrival_time"]) == ("malformed.jsonl:clicks", "{oops", START + 5)
+    assert (letter["source"], letter["payload"], letter["arrival_time"]) == (
+        "malformed.jsonl:clicks",
+        "{oops",
+        START + 5,
+    )
 
 
 def test_folder_without_impressions_is_refused(spark: SparkSession, tmp_path: Path) -> None:
@@ -256,8 +270,7 @@ def test_kafka_options_are_translated_for_spark(monkeypatch: pytest.MonkeyPatch)
     )
     assert options["kafka.security.protocol"] == "SASL_SSL"
     assert options["kafka.sasl.jaas.config"] == (
-        "org.apache.kafka.common.security.plain.PlainLoginModule required "
-        'username="me" password="a\\"b";'
+        'org.apache.kafka.common.security.plain.PlainLoginModule required username="me" password="a\\"b";'
     )
     with pytest.raises(ConfigError, match="ssl_context"):
         spark_kafka_options({"ssl_context": "x"})
