@@ -1,319 +1,415 @@
-"""The three topics as one ordered stream of event blocks, from exact cursors."""
+"""The three topics of a Kafka cluster as one sequence of rows, in the order in which they became known.
+
+Nothing is subscribed to and no offset of the broker is trusted: the reader is given its partitions and the
+rows to begin with, and says after each row where to go on.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 import numpy as np
-import pyarrow as pa
-from kafka import OffsetAndMetadata, TopicPartition
-from kafka.errors import KafkaError
+from kafka import TopicPartition as KafkaTopicPartition
+from kafka.errors import KafkaError, OffsetOutOfRangeError
 from numpy.typing import NDArray
 
-from pipelines.codec import decode_messages
 from pipelines.config import KafkaConfig
-from pipelines.errors import DataError, StaleStateError, TransientError
+from pipelines.cursor import Cursor, Place
+from pipelines.dead_letters import publish
+from pipelines.errors import TransientError
 from pipelines.events import TOPICS, DeadLetter, EventBlock
-from pipelines.hashing import hash_column
-from pipelines.kafka_client import make_consumer, make_producer
-from pipelines.merge import FIRST_KEY, Key, PartitionMerge, PartitionRows
-from pipelines.validation import validate
+from pipelines.kafka_client import broker_error, make_consumer, make_producer
+from pipelines.kafka_reach import Connection, check_reach, find_partitions, offsets
+from pipelines.kafka_rows import PolledPartition, Rows, decode_polled, gather
+from pipelines.merge import Merged, PartitionMerge
 
-__all__ = ["Cursor", "KafkaSource", "Place"]
+__all__ = ["Cursor", "KafkaSource", "Place", "RowPositions"]
 
 log = logging.getLogger(__name__)
 
-# Rows that may wait for other partitions before their own is paused: a few seconds of a busy partition.
-_BUFFER_ROWS = 60_000
+# Rows decoded at a time, and rows of one partition that wait before it is paused: they bound the memory.
+_ROWS_A_POLL = 16_384
+_MOST_WAITING = 131_072
+_PUBLISH_TIMEOUT_S = 120.0
+_COMMIT_TIMEOUT_MS = 5_000
+_STALLED_S = 30.0
+# What is idle, away or at its end is looked at again this often while nothing comes.
+_LONGEST_WAIT_S = 0.1
 _GROUP = "ctrstream"
 
 
-class Place(NamedTuple):
-    """Where a partition goes on: the next message and row in it, and the key of the last row taken."""
-
-    offset: int
-    row: int
-    last: Key
-
-
-class Cursor(dict[tuple[str, int], Place]):
-    """The place of each (topic, partition). A partition that is missing is read from its beginning."""
-
-    def to_state(self) -> list[list[Any]]:
-        return [
-            [topic, partition, place.offset, place.row, place.last[0], place.last[1], str(place.last[2])]
-            for (topic, partition), place in sorted(self.items())
-        ]
-
-    @classmethod
-    def from_state(cls, state: Sequence[Sequence[Any]]) -> Cursor:
-        return cls(
-            {
-                (str(topic), int(partition)): Place(
-                    int(offset), int(row), Key(int(arrival), int(kind), int(event_hash))
-                )
-                for topic, partition, offset, row, arrival, kind, event_hash in state
-            }
-        )
-
-
 class RowPositions(Protocol):
-    """Positions of consecutive rows of a block: see `pipelines.events.EventBlock`."""
+    """Where rows come from, in order of arrival: an `EventBlock`, or a part of one."""
 
-    partition: NDArray[np.int32]
-    offset: NDArray[np.int64]
-    row: NDArray[np.int32]
-
-
-@dataclass
-class _Partition:
-    topic: TopicPartition
-    kind: int
-    end: int
-    skip_rows: int
-    spoke_at: float
+    @property
+    def partition(self) -> NDArray[np.int32]: ...
+    @property
+    def offset(self) -> NDArray[np.int64]: ...
+    @property
+    def row(self) -> NDArray[np.int32]: ...
+    @property
+    def arrival_time(self) -> NDArray[np.int64]: ...
 
 
 class KafkaSource:
-    """Reads impressions, clicks and conversions in their one order.
+    """Reads impressions, clicks and conversions from Kafka, merged into one order of arrival.
+
+    The order follows from the log alone (`pipelines.merge`), except where a partition that has been silent
+    for ``idle_timeout`` at its end is passed over and speaks later: its rows then count as known when they
+    come.
 
     Parameters
     ----------
     config : KafkaConfig
     cursor : Cursor, optional
-        Where to go on; None begins at the first message of every partition.
+        Where to begin; partitions that it does not name are read from their first message.
     until_end : bool
-        Stop where the partitions end now. Otherwise a partition that has been silent for
-        ``kafka.idle_timeout`` and is read to its end no longer holds the others back.
+        Read up to the offsets at which the partitions end now, and then be ``exhausted``.
     clock : callable
-        Monotonic seconds.
+        Monotonic wall clock, seconds.
+
+    Attributes
+    ----------
+    partitions : list of (str, int)
+        Topic and partition number, sorted; ``EventBlock.partition`` counts through it.
+    cursor : Cursor
+        Where reading began.
 
     Raises
     ------
     TransientError
-        If no broker answers.
-    DataError
-        If a topic is missing.
+        If no broker answers within ``config.connect_timeout``.
+    SetupError
+        If a topic does not exist, or the broker refuses the credentials.
     StaleStateError
-        If the broker no longer has the rows that the cursor asks for; the gap is named.
+        If the cursor lies outside of what the broker holds.
     """
 
     def __init__(
         self,
         config: KafkaConfig,
         cursor: Cursor | None = None,
-        *,
         until_end: bool = False,
+        *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._until_end, self._clock = config, until_end, clock
-        self._consumer = make_consumer(config, _GROUP)
+        self._config, self._clock = config, clock
+        self._consumer = make_consumer(config, max_poll_records=_ROWS_A_POLL)
+        self._committer: Any = None
         self._producer: Any = None
-        self.cursor = Cursor(cursor or {})
-        self._parts = self._assign()
-        self.partitions = [(part.topic.topic, part.topic.partition) for part in self._parts]
-        self._index = {part.topic: index for index, part in enumerate(self._parts)}
-        self._merge = PartitionMerge(
-            [self.cursor[name].last if name in self.cursor else FIRST_KEY for name in self.partitions]
-        )
-        self._paused: set[TopicPartition] = set()
-        self._complained = False
+        try:
+            self._kinds = {str(getattr(config.topics, name)): kind for kind, name in enumerate(TOPICS)}
+            self.partitions = find_partitions(self._consumer, self._kinds, config)
+            self.cursor = self._start(Cursor() if cursor is None else cursor)
+            self._ends = self._limits()[1] if until_end else None
+        except BaseException:
+            self._consumer.close()
+            raise
+        places = [self.cursor[partition] for partition in self.partitions]
+        self._merge = PartitionMerge([place.clock for place in places])
+        self._queues: list[list[Rows]] = [[] for _ in places]
+        self._skip = {index: (place.offset, place.row) for index, place in enumerate(places) if place.row}
+        self._position = [place.offset for place in places]
+        self._heard = [clock()] * len(places)
+        self._stalled: set[int] = set()
+        self._read: set[int] = set()  # partitions that the consumer is told to read
+        self._assign(range(len(places)))
+        self._packed_rows: list[dict[int, int]] = [{} for _ in places]
+        self._ready: list[EventBlock] = []
+        self._rows_a_message = 1.0
+        self._connection = Connection(config.bootstrap_servers, clock)
+
+    def kind_of_source(self) -> dict[str, int]:
+        """Event kind of each topic."""
+        return dict(self._kinds)
 
     @property
     def exhausted(self) -> bool:
-        """Whether everything up to the end has been given (``until_end`` only)."""
-        return self._until_end and all(
-            self._is_at_end(part) and self._merge.buffered(index) == 0
-            for index, part in enumerate(self._parts)
-        )
+        """Whether every row up to the end that was asked for has been handed out."""
+        return self._ends is not None and all(self._at_end()) and not self._ready and not any(self._queues)
 
-    def poll(self, most: int, timeout_s: float) -> EventBlock | None:
-        """The next rows in order, about ``most`` at most; None if none can be given yet.
+    def poll(self, max_rows: int = 8192, timeout_s: float = 1.0) -> EventBlock | None:
+        """The next rows, at most ``max_rows``; None if there are none within the timeout.
 
-        A broker that is away is waited for: the client goes on trying, and it is said once in the log.
+        Raises
+        ------
+        StaleStateError
+            If the broker has deleted rows that were still to be read.
+        SetupError
+            If the broker refuses us.
         """
-        self._fetch(0.0 if self._has_backlog(most) else timeout_s)
-        return self._merge.take([self._holds_back(part) for part in self._parts], most)
+        deadline = self._clock() + timeout_s
+        while not self._ready:
+            left = deadline - self._clock()
+            self._ingest(min(max(left, 0.0), _LONGEST_WAIT_S))
+            self._let_go()
+            if self._ready or left <= 0 or self.exhausted:
+                break
+        if not self._ready:
+            return None
+        block = self._ready.pop(0)
+        if len(block) > max_rows:
+            self._ready.insert(0, block.slice(max_rows, len(block)))
+            block = block.slice(0, max_rows)
+        return block
 
-    def advance(self, cursor: Mapping[tuple[str, int], Place], positions: Any) -> Cursor:
-        """The cursor after rows that a block of this source gave; ``positions`` as `RowPositions`.
+    def advance(self, cursor: Cursor, rows: RowPositions, upto: int | None = None) -> Cursor:
+        """The cursor after the first ``upto`` (by default all) of some rows have been applied.
 
-        ``positions.arrival_time`` and ``positions.event_hash`` are those of the block.
+        Parameters
+        ----------
+        cursor : Cursor
+            The cursor before them.
+        rows : EventBlock or another RowPositions
+            Rows in the order in which `poll` gave them.
+        upto : int, optional
         """
-        moved = Cursor(cursor)
-        partition = positions.partition
-        for index in np.unique(partition).tolist():
-            last = int(np.flatnonzero(partition == index)[-1])
-            key = Key(
-                int(positions.arrival_time[last]), self._parts[index].kind, int(positions.event_hash[last])
-            )
-            moved[self.partitions[index]] = Place(
-                int(positions.offset[last]), int(positions.row[last]) + 1, key
-            )
-        return moved
+        after = Cursor(cursor)
+        owner = rows.partition[:upto]
+        for index in np.unique(owner).tolist():
+            last = int(np.flatnonzero(owner == index)[-1])
+            offset, row = int(rows.offset[last]), int(rows.row[last])
+            packed = self._packed_rows[index]
+            is_whole = row + 1 >= packed.get(offset, 1)
+            place = (offset + 1, 0) if is_whole else (offset, row + 1)
+            after[self.partitions[index]] = Place(*place, int(rows.arrival_time[last]))
+            for passed in [known for known in packed if known < place[0]]:
+                del packed[passed]
+        return after
 
     def lag(self) -> int:
-        """Messages that the broker has beyond what has been fetched."""
+        """How many messages the broker holds beyond those read, plus rows read but not handed out."""
+        behind = 0
+        for index in range(len(self.partitions)):
+            behind += max((self._highwater(index) or 0) - self._position[index], 0)
+        return behind + sum(self._merge.waiting) + sum(map(len, self._ready))
+
+    def commit_offsets(self, cursor: Cursor, group: str = _GROUP) -> None:
+        """Tell the broker where the cursor is: for lag charts only, nothing ever reads it back."""
+        from kafka.structs import OffsetAndMetadata
+
+        offsets = {
+            KafkaTopicPartition(*partition): OffsetAndMetadata(place.offset, "", -1)
+            for partition, place in cursor.items()
+        }
+        if not self._connection.up:
+            return
         try:
-            ends = self._consumer.end_offsets([part.topic for part in self._parts])
-        except KafkaError:
-            return -1
-        return sum(max(0, ends[part.topic] - self._consumer.position(part.topic)) for part in self._parts)
+            # A consumer of its own: one that belongs to a group would depend on the group's coordinator.
+            if self._committer is None:
+                self._committer = make_consumer(self._config, group_id=group)
+            self._committer.commit(offsets, timeout_ms=_COMMIT_TIMEOUT_MS)
+        except (KafkaError, TransientError) as error:
+            log.warning("offsets not committed to the broker (advisory only): %s", error)
 
     def publish_dead_letters(self, letters: Sequence[DeadLetter]) -> None:
-        """Send dead letters to their topic and wait until the broker has them.
+        """Send dead letters to their topic and wait until they are acknowledged.
 
         Raises
         ------
         TransientError
-            If the broker does not acknowledge them.
+            If the broker does not acknowledge them in time.
         """
         if not letters:
             return
-        from pipelines.dead_letters import publish
-
         if self._producer is None:
-            self._producer = make_producer(self._config)
-        publish(self._producer, self._config.topics.dead_letters, letters)
-
-    def commit_offsets(self, cursor: Cursor) -> None:
-        """Tell the broker where we are, for lag charts; state is never restored from it."""
-        offsets = {
-            TopicPartition(topic, partition): OffsetAndMetadata(place.offset + (place.row > 0), "", -1)
-            for (topic, partition), place in cursor.items()
-        }
+            self._producer = make_producer(self._config, linger_ms=5)
         try:
-            self._consumer.commit_async(offsets)
+            publish(self._producer, self._config.topics.dead_letters, letters, _PUBLISH_TIMEOUT_S)
         except KafkaError as error:
-            log.warning("offsets not committed to the broker reason=%r", str(error))
+            raise broker_error(self._config, error) from error
 
     def close(self) -> None:
         """Leave the broker."""
-        if self._producer is not None:
-            self._producer.close(timeout=10)
-        self._consumer.close(timeout_ms=10_000)
+        for client in (self._consumer, self._committer, self._producer):
+            if client is not None:
+                client.close()
 
-    # Assignment ----------------------------------------------------------------------------------------
+    def __enter__(self) -> Self:
+        return self
 
-    def _assign(self) -> list[_Partition]:
-        kinds = {str(getattr(self._config.topics, name)): kind for kind, name in enumerate(TOPICS)}
-        topics: list[tuple[TopicPartition, int]] = []
-        for name, kind in kinds.items():
-            found = self._consumer.partitions_for_topic(name)
-            if not found:
-                raise DataError(
-                    f"the broker at {self._config.bootstrap_servers} has no topic {name}.",
-                    hint="create it, send events with `ctrstream produce`, or set kafka.topics in the config",
-                )
-            topics += [(TopicPartition(name, partition), kind) for partition in sorted(found)]
-        own = [topic for topic, _ in topics]
-        self._consumer.assign(own)
-        first, end = self._consumer.beginning_offsets(own), self._consumer.end_offsets(own)
-        self._refuse_gaps(first)
-        parts = []
-        for topic, kind in topics:
-            place = self.cursor.get((topic.topic, topic.partition), Place(first[topic], 0, FIRST_KEY))
-            self._consumer.seek(topic, place.offset)
-            parts.append(_Partition(topic, kind, end[topic], place.row, self._clock()))
-        return parts
+    def __exit__(
+        self,
+        error_type: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
 
-    def _refuse_gaps(self, first: Mapping[TopicPartition, int]) -> None:
-        gaps = [
-            f"{topic.topic}-{topic.partition}: offsets {self.cursor[topic.topic, topic.partition].offset} "
-            f"to {offset - 1}"
-            for topic, offset in first.items()
-            if (topic.topic, topic.partition) in self.cursor
-            and self.cursor[topic.topic, topic.partition].offset < offset
-        ]
-        if gaps:
-            raise StaleStateError(
-                "the broker has deleted rows that have not been read: " + "; ".join(gaps) + ".",
-                hint="going on would lose them; start a new --state folder from a later release",
-            )
-
-    # Fetching ------------------------------------------------------------------------------------------
-
-    def _has_backlog(self, most: int) -> bool:
-        return all(
-            self._merge.buffered(index) >= most or self._is_at_end(part)
-            for index, part in enumerate(self._parts)
+    def _start(self, cursor: Cursor) -> Cursor:
+        first, end = self._limits()
+        start = Cursor(
+            {
+                partition: cursor.get(partition, Place(first[index]))
+                for index, partition in enumerate(self.partitions)
+            }
         )
+        check_reach(cursor, start, first, end)
+        return start
 
-    def _fetch(self, timeout_s: float) -> None:
-        self._apply_back_pressure()
+    def _limits(self) -> tuple[list[int], list[int]]:
+        """First offset and end of each partition, as the broker has them now."""
+        lookups = (self._consumer.beginning_offsets, self._consumer.end_offsets)
+        first, end = (offsets(lookup, self.partitions, self._config) for lookup in lookups)
+        return first, end
+
+    def _ingest(self, timeout_s: float) -> None:
+        """Fetch, decode and queue what has come."""
+        records = self._fetch(timeout_s)
+        now = self._clock()
+        polled: dict[str, list[PolledPartition]] = {}
+        for partition, found in records.items():
+            if not found:
+                continue
+            index = self.partitions.index((partition.topic, partition.partition))
+            self._heard[index] = now
+            self._stalled.discard(index)
+            if self._ends is not None and found[-1].offset >= self._ends[index]:
+                # Written after reading began: not part of what was asked for.
+                found = [record for record in found if record.offset < self._ends[index]]
+                if not found:
+                    continue
+            offset, skip = self._skip.pop(index, (-1, 0))
+            part = PolledPartition(
+                index, *self.partitions[index], found, skip if found[0].offset == offset else 0
+            )
+            polled.setdefault(partition.topic, []).append(part)
+        self._note_positions()
+        for topic, parts in polled.items():
+            self._queue(topic, parts)
+        self._regulate()
+
+    def _note_positions(self) -> None:
         try:
-            found = self._consumer.poll(timeout_ms=round(timeout_s * 1000))
+            for index in self._read:
+                partition = KafkaTopicPartition(*self.partitions[index])
+                position = self._consumer.position(partition, timeout_ms=0)
+                self._position[index] = self._position[index] if position is None else position
         except KafkaError as error:
             if not getattr(error, "retriable", False):
-                raise TransientError(f"reading from Kafka failed: {error}.") from error
-            if not self._complained:
-                log.warning("the broker does not answer, waiting reason=%r", str(error))
-            self._complained = True
+                raise broker_error(self._config, error) from error
+
+    def _queue(self, topic: str, parts: list[PolledPartition]) -> None:
+        rows = 0
+        for keyed in decode_polled(self._kinds[topic], parts):
+            rows += len(keyed.rows)
+            self._packed_rows[keyed.index] |= keyed.packed_rows
+            if len(keyed.rows):
+                self._queues[keyed.index].append(keyed.rows)
+                self._merge.push(keyed.index, keyed.arrival_time, keyed.rows.kind, keyed.hashes)
+        messages = sum(len(part.records) for part in parts)
+        self._rows_a_message = max(rows / messages, 1.0)
+
+    def _fetch(self, timeout_s: float) -> Mapping[Any, list[Any]]:
+        # Packed messages hold many rows: fewer of them make a poll.
+        most = max(int(_ROWS_A_POLL / self._rows_a_message), 16)
+        try:
+            records: Mapping[Any, list[Any]] = self._consumer.poll(
+                timeout_ms=round(timeout_s * 1000), max_records=most
+            )
+        except OffsetOutOfRangeError as error:
+            reached = Cursor(zip(self.partitions, map(Place, self._position), strict=True))
+            check_reach(reached, reached, *self._limits())
+            raise broker_error(self._config, error) from error
+        except KafkaError as error:
+            if not getattr(error, "retriable", False):
+                raise broker_error(self._config, error) from error
+            self._connection.is_up(False, type(error).__name__)
+            time.sleep(min(timeout_s, 0.1))
+            return {}
+        if records:
+            self._connection.is_up(True)
+        else:
+            self._connection.check(self._consumer)
+            self._warn_of_stalls()
+        return records
+
+    def _warn_of_stalls(self) -> None:
+        """Tell, once each time, of a partition that has more to read and gives nothing."""
+        if not self._connection.up:
             return
-        for topic, records in found.items():
-            self._complained = False
-            index = self._index[topic]
-            part = self._parts[index]
-            part.spoke_at = self._clock()
-            self._merge.add(index, _decode(part, records))
-            part.skip_rows = 0
+        for index in self._read - self._stalled:
+            has_more = (self._highwater(index) or 0) > self._position[index]
+            if has_more and self._clock() - self._heard[index] > _STALLED_S:
+                topic, partition = self.partitions[index]
+                log.warning("no progress on %s-%d at offset %d", topic, partition, self._position[index])
+                self._stalled.add(index)
 
-    def _apply_back_pressure(self) -> None:
-        full = {
-            part.topic for index, part in enumerate(self._parts) if self._merge.buffered(index) > _BUFFER_ROWS
-        }
-        if full - self._paused:
-            self._consumer.pause(*(full - self._paused))
-        if self._paused - full:
-            self._consumer.resume(*(self._paused - full))
-        self._paused = full
+    def _regulate(self) -> None:
+        """Stop reading partitions of which enough rows wait for others; go on where few do.
 
-    def _is_at_end(self, part: _Partition) -> bool:
-        return bool(self._consumer.position(part.topic) >= part.end)
+        Not by ``pause``: kafka-python 3.0.12 can keep to itself for good what it had fetched of a partition
+        that was paused and resumed.
+        """
+        waiting = self._merge.waiting
+        wanted = [
+            index
+            for index, rows in enumerate(waiting)
+            if rows <= (_MOST_WAITING if index in self._read else _MOST_WAITING // 2)
+            and not self._is_past_end(index)
+        ]
+        if wanted and set(wanted) != self._read:
+            self._assign(wanted)
 
-    def _holds_back(self, part: _Partition) -> bool:
-        if self._until_end:
-            return not self._is_at_end(part)
-        silent = self._clock() - part.spoke_at
-        if silent * 1000 < self._config.idle_timeout:
-            return True
-        high = self._consumer.highwater(part.topic)
-        return high is not None and self._consumer.position(part.topic) < high
+    def _assign(self, indices: Sequence[int]) -> None:
+        partitions = [KafkaTopicPartition(*self.partitions[index]) for index in indices]
+        self._consumer.assign(partitions)
+        for index, partition in zip(indices, partitions, strict=True):
+            if index not in self._read:
+                self._consumer.seek(partition, self._position[index])
+        self._read = set(indices)
+
+    def _at_end(self) -> list[bool]:
+        ended = self._is_idle if self._ends is None else self._is_past_end
+        return [ended(index) for index in range(len(self.partitions))]
+
+    def _is_past_end(self, index: int) -> bool:
+        """Whether a partition has been read up to the end that was asked for."""
+        return self._ends is not None and self._position[index] >= self._ends[index]
+
+    def _is_idle(self, index: int) -> bool:
+        """Whether a partition has been read to its end and has said nothing for a while."""
+        if self._clock() - self._heard[index] < self._config.idle_timeout / 1000 or not self._connection.up:
+            return False
+        highwater = self._highwater(index)
+        return highwater is not None and self._position[index] >= highwater
+
+    def _highwater(self, index: int) -> int | None:
+        """End of a partition as the last fetch saw it; None before that, and while it is not read."""
+        if index not in self._read:
+            return None
+        highwater: int | None = self._consumer.highwater(KafkaTopicPartition(*self.partitions[index]))
+        return highwater
+
+    def _let_go(self) -> None:
+        """Move rows that nothing can come before from the queues to the ready blocks."""
+        merged = self._merge.advance(self._at_end())
+        if not len(merged):
+            return
+        parts = [
+            self._dequeue(index, int(count))
+            for index, count in enumerate(np.bincount(merged.partition, minlength=len(self.partitions)))
+        ]
+        self._ready.append(gather(parts, merged.partition, _known_times(merged)))
+
+    def _dequeue(self, index: int, count: int) -> list[Rows]:
+        taken: list[Rows] = []
+        queue = self._queues[index]
+        while count:
+            rows = queue.pop(0)
+            if len(rows) > count:
+                queue.insert(0, rows.rows(count))
+                rows = rows.rows(0, count)
+            taken.append(rows)
+            count -= len(rows)
+        return taken
 
 
-def _decode(part: _Partition, records: Sequence[Any]) -> PartitionRows:
-    """Rows of consecutive messages, the first ``skip_rows`` of which have been taken before."""
-    payloads = [record.value for record in records]
-    messages = decode_messages(part.kind, payloads)
-    decoded = messages.decoded
-    ok, faults = validate(part.kind, decoded.table)
-    reasons = dict(decoded.rejected)
-    reasons.update({int(decoded.row[row]): reason for row, reason in faults.items()})
-    offset = np.array([record.offset for record in records], np.int64)[messages.message]
-    produced_at = np.array([record.timestamp for record in records], np.int64)[messages.message]
-    is_bad = np.zeros(decoded.rows, np.bool_)
-    is_bad[list(reasons)] = True
-    table = decoded.table if ok.all() else decoded.table.filter(pa.array(ok))
-    arrival, event_hash = np.zeros(decoded.rows, np.int64), np.zeros(decoded.rows, np.uint64)
-    if table.num_rows:
-        arrival[~is_bad] = table.column("arrival_time").to_numpy()
-        event_hash[~is_bad] = hash_column(table.column("event_id"))
-    letters = [
-        DeadLetter(
-            part.topic.topic,
-            part.topic.partition,
-            int(offset[row]),
-            int(messages.row_in_message[row]),
-            reasons[row],
-            (payloads[int(messages.message[row])] or b"").decode("utf-8", "replace"),
-        )
-        for row in sorted(reasons)
-    ]
-    rows = PartitionRows(
-        part.kind, arrival, event_hash, is_bad, offset, messages.row_in_message, produced_at, table, letters
-    )
-    return rows.slice(part.skip_rows, len(rows)) if part.skip_rows else rows
+def _known_times(merged: Merged) -> NDArray[np.int64]:
+    """Arrival times; dead letters before anything that tells the time count as known with what follows."""
+    known = merged.arrival_time[merged.arrival_time >= 0]
+    return np.maximum(merged.arrival_time, known[0] if len(known) else 0)
