@@ -118,6 +118,11 @@ class CheckpointStore:
         except sqlite3.DatabaseError as error:
             raise self._damaged_head(error) from error
 
+    def check_lease(self) -> None:
+        """Raise StaleStateError if another worker has taken the lease."""
+        if self._is_fenced():
+            raise self._fenced()
+
     def head(self) -> str | None:
         """Name of the newest committed checkpoint."""
         if not self._database.exists():

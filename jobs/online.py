@@ -49,6 +49,14 @@ class Predicted:
     teacher_logit: Floats
     stale_logit: Floats
 
+    def take(self, rows: NDArray[np.bool_]) -> Predicted:
+        """Only some of the impressions."""
+        if rows.all():
+            return self
+        ids = [name for name, is_wanted in zip(self.impression_id, rows.tolist(), strict=True) if is_wanted]
+        columns = {name: values[rows] for name, values in vars(self).items() if name != "impression_id"}
+        return Predicted(ids, **columns)
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -122,7 +130,8 @@ class OnlineLoop:
         self.joiner.release(joined)
         self.step_number += 1
         self.learned_events += learned
-        return StepResult(predicted, joined.negative_delays, learned, joined)
+        # A redelivered impression has been predicted when it came first.
+        return StepResult(predicted.take(~joined.repeated), joined.negative_delays, learned, joined)
 
     def begin(
         self,

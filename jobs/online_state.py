@@ -28,7 +28,7 @@ def loop_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
         "last_event_time": loop.last_event_time,
         "learned_events": loop.learned_events,
         "refitted_hour": loop.refitted_hour,
-        "read": loop.read,
+        "read": dict(loop.read),
         "accounting": loop.accounting.state(),
         "progressive": loop.progressive.state(),
         "calibrators": {task: chain.state() for task, chain in loop.calibrators.items()},

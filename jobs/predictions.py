@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.checkpoint import sync_file, sync_folder
@@ -87,7 +88,7 @@ class PredictionLog:
                     schema=PREDICTION_SCHEMA,
                 )
             )
-        return pa.concat_tables(tables).unify_dictionaries()
+        return _once(pa.concat_tables(tables).unify_dictionaries())
 
     def write_segment(self, first_step: int, last_step: int, epoch: int) -> str | None:
         """Make what was recorded since the last call durable; returns the segment's name.
@@ -125,6 +126,14 @@ class PredictionLog:
                 path.unlink(missing_ok=True)
 
     def read(self, segments: list[str]) -> pa.Table:
-        """All predictions of the named segments, in order."""
+        """All predictions of the named segments, in order, each impression once for each task."""
         tables = [pq.read_table(self.folder / name, schema=PREDICTION_SCHEMA) for name in sorted(segments)]
-        return pa.concat_tables(tables) if tables else PREDICTION_SCHEMA.empty_table()
+        return _once(pa.concat_tables(tables)) if tables else PREDICTION_SCHEMA.empty_table()
+
+
+def _once(table: pa.Table) -> pa.Table:
+    """Without the later ones of several predictions of an impression: one redelivered long after."""
+    keys = pa.table({"impression_id": table["impression_id"], "task": pc.cast(table["task"], pa.string())})
+    keys = keys.append_column("row", pa.array(np.arange(table.num_rows)))
+    first = keys.group_by(["impression_id", "task"]).aggregate([("row", "min")])["row_min"].to_numpy()
+    return table if len(first) == table.num_rows else table.take(pa.array(np.sort(first)))

@@ -139,6 +139,7 @@ class Worker:
         SetupError
             If the disk refuses to take the state.
         """
+        self.store.check_lease()
         self._hand_over_letters()
         if not self.loop.tasks or self.loop.step_number == self._committed_step:
             return

@@ -120,13 +120,14 @@ class Joined:
     """What one step has made known; examples and closed windows are by task.
 
     ``counts`` says what became of events, by (event kind, class); the changes of ``pending`` may be
-    negative.
+    negative. ``repeated`` marks the arrivals that had arrived before, (arrivals,).
     """
 
     examples: tuple[Examples, Examples]
     closed: tuple[Closed, Closed]
     counts: dict[tuple[int, str], int]
     negative_delays: list[NegativeDelay]
+    repeated: NDArray[np.bool_]
 
 
 @dataclass
@@ -136,6 +137,7 @@ class StepLog:
     emissions: tuple[list[Emission], list[Emission]] = field(default_factory=lambda: ([], []))
     counts: dict[tuple[int, str], int] = field(default_factory=dict)
     negative_delays: list[NegativeDelay] = field(default_factory=list)
+    repeated: list[int] = field(default_factory=list)
 
     def tell(self, task: int, emission: Emission) -> None:
         if len(emission.slot):

@@ -96,11 +96,14 @@ class Joiner:
         click_rows, conversion_rows = (self._examples(task, step.emissions[task], clock) for task in (0, 1))
         self._count_told((click_rows, conversion_rows), step)
         click_closed, conversion_closed = (self._closed(task, closing[task], step) for task in (0, 1))
+        repeated = np.zeros(len(impressions), np.bool_)
+        repeated[step.repeated] = True
         return Joined(
             (click_rows, conversion_rows),
             (click_closed, conversion_closed),
             step.counts,
             step.negative_delays,
+            repeated,
         )
 
     def release(self, joined: Joined) -> None:
@@ -136,6 +139,7 @@ class Joiner:
         for row, name in enumerate(ids):
             if name in slot_of:
                 step.count(IMPRESSION, "duplicate", 1)
+                step.repeated.append(row)
             elif is_late[row]:
                 step.count(IMPRESSION, "late", 1)
             else:

@@ -61,8 +61,12 @@ class SmallRun:
         loop = OnlineLoop(config or self.config)
         for events in self.steps(0, self.warm_rows):
             loop.step(events)
+        return self.begun(loop)
+
+    def begun(self, loop: OnlineLoop) -> OnlineLoop:
+        """A loop whose warm-up ends here."""
         first = self.backtest.first
-        loop.begin(first.students(), first.calibrators(), first.teachers())
+        loop.begin(first.students(), first.calibrators(), first.teachers(), first.late_share)
         return loop
 
     @property

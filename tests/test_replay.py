@@ -1,4 +1,4 @@
-"""Replay draws yesterday's rows from after this time of day, each as likely as any other, within its bound."""
+"""Replay draws from yesterday after this time of day, every row as likely as any other, within its bound."""
 
 from __future__ import annotations
 
