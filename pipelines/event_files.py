@@ -121,7 +121,14 @@ class EventFiles:
     def kind_of_source(self) -> dict[str, int]:
         """Event kind of each file, or of each topic within it, that a dead letter can name as its source."""
         named = {file.path.name: file.kind for file in self._files if file.kind is not None}
-        return named | {f"{MALFORMED_FILE}:{topic}": kind for kind, topic in enumerate(TOPICS)}
+        for kind, topic in enumerate(TOPICS):
+            named |= {topic: kind, f"{MALFORMED_FILE}:{topic}": kind}
+        return named
+
+    @property
+    def partitions(self) -> list[tuple[str, int]]:
+        """What positions of rows that are set aside later refer to: the whole order, as one partition."""
+        return [(TOPICS[IMPRESSION], 0)]
 
     def blocks(self, start: int = 0, stop: int | None = None, block_rows: int = 8192) -> Iterator[EventBlock]:
         """Rows ``[start, stop)`` in order, as slices that copy no table.

@@ -177,8 +177,8 @@ class KafkaSource:
             is_whole = row + 1 >= packed.get(offset, 1)
             place = (offset + 1, 0) if is_whole else (offset, row + 1)
             after[self.partitions[index]] = Place(*place, int(rows.arrival_time[last]))
-            for passed in [known for known in packed if known < place[0]]:
-                del packed[passed]
+            while packed and (first := next(iter(packed))) < place[0]:  # noted in the order of the log
+                del packed[first]
         return after
 
     def lag(self) -> int:
