@@ -41,6 +41,7 @@ from pipelines.snapshot import (
     snapshot_id,
     staging,
 )
+from pipelines.spark_session import worker_errors
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
@@ -120,7 +121,7 @@ def build(
         logger.info("%s exists: the same inputs built it before", target)
         return target
     join = JoinWindow(as_of - window, as_of, config.attribution)
-    with staging(out, name) as staged:
+    with worker_errors(), staging(out, name) as staged:
         joined = staged / "joined"
         events = _join(spark, lake, joined, join)
         samples = spark.read.parquet(str(joined))
@@ -213,8 +214,7 @@ def _infer(samples: DataFrame, join: JoinWindow, impressions: int) -> FeatureSpe
 
 def _task_window(config: Config, task: Task, curve: DelayCurve) -> TaskWindow:
     rule = config.attribution
-    width = rule.click_window if task == "click" else rule.attribution_window
-    return TaskWindow(width, rule.allowed_lateness, curve)
+    return TaskWindow(rule.width(task), rule.allowed_lateness, curve)
 
 
 def _delay_curves(samples: DataFrame, join: JoinWindow, config: Config) -> dict[Task, DelayCurve]:

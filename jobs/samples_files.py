@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -58,7 +59,11 @@ def ingest_files(spark: SparkSession, lake: Path, events: Path) -> tuple[Counter
     body = json.dumps(sorted((file.kind, file.sha256) for _, file in fresh))
     name = hashlib.sha256(body.encode()).hexdigest()[:16]
     folder = files_folder(lake) / f"batch={name}"
-    counts = _write_batch(spark, fresh, folder)
+    try:
+        counts = _write_batch(spark, fresh, folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     rows = {kind: counts[kind] for kind in ALL_KINDS}
     commit_batch(folder, FileBatch(batch=name, files=tuple(file for _, file in fresh), rows=rows))
     return counts, [file.name for _, file in fresh], known
@@ -140,7 +145,8 @@ def _write_batch(
     for frame in frames[1:]:
         rows = rows.union(frame)
     observation = Observation("ingested")
-    counted = with_partitions(rows).observe(observation, *count_kinds())
+    # One file for each hour, however many tasks read the input.
+    counted = with_partitions(rows).observe(observation, *count_kinds()).repartition(*PARTITION_COLUMNS)
     counted.write.mode("overwrite").partitionBy(*PARTITION_COLUMNS).parquet(str(folder))
     return Counter({kind: int(observation.get[kind]) for kind in ALL_KINDS})
 

@@ -11,6 +11,7 @@ from pipelines.config import Config
 from pipelines.events import KINDS
 from pipelines.lake import lake_version
 from pipelines.lake_rows import DEAD_LETTER_KIND
+from pipelines.spark_session import worker_errors
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -87,7 +88,8 @@ def ingest(
     if events is not None:
         from jobs.samples_files import ingest_files
 
-        counts, files, known = ingest_files(spark, lake, events)
+        with worker_errors():
+            counts, files, known = ingest_files(spark, lake, events)
     else:
         from jobs.samples_kafka import ingest_kafka
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from threading import Event, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from jobs.topics import answers
@@ -23,9 +27,11 @@ from pipelines.lake_rows import ALL_KINDS, LAKE_SCHEMA, kafka_rows
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql.streaming.listener import StreamingQueryProgress
 
 __all__ = ["ingest_kafka", "spark_kafka_options"]
 
+_POLL_S = 1
 # kafka-python's names of the options that Spark's Kafka client needs, too.
 _KAFKA_OPTIONS = {
     "security_protocol": "kafka.security.protocol",
@@ -70,21 +76,55 @@ def ingest_kafka(
     )
     # Once a minute when continuous: more often would litter the lake with small files.
     writer = writer.trigger(processingTime="1 minute") if continuous else writer.trigger(availableNow=True)
-    query = writer.start()
+    query, totals = writer.start(), _Totals()
     try:
-        query.awaitTermination()
+        with _interrupts() as interrupted:
+            while not query.awaitTermination(_POLL_S) and not interrupted.is_set():
+                totals.add(query.lastProgress)
     except StreamingQueryException as error:
         raise _explained(error, kafka) from error
     finally:
         query.stop()
-    counts: Counter[str] = Counter()
-    messages = 0
     for progress in query.recentProgress:
-        messages += progress.numInputRows
-        observed = progress.observedMetrics.get("ingested")
-        if observed is not None:
-            counts.update({kind: int(observed[kind]) for kind in ALL_KINDS})
-    return counts, messages
+        totals.add(progress)
+    return totals.rows, totals.messages
+
+
+class _Totals:
+    """Sums over the batches of a query, each once: Spark remembers the last hundred only."""
+
+    def __init__(self) -> None:
+        self.rows: Counter[str] = Counter()
+        self.messages = 0
+        self._last = -1
+
+    def add(self, progress: StreamingQueryProgress | None) -> None:
+        observed = None if progress is None else progress.observedMetrics.get("ingested")
+        if progress is None or observed is None or progress.batchId <= self._last:
+            return
+        self._last = progress.batchId
+        self.messages += progress.numInputRows
+        self.rows.update({kind: int(observed[kind]) for kind in ALL_KINDS})
+
+
+@contextmanager
+def _interrupts() -> Iterator[Event]:
+    """An event that SIGINT and SIGTERM set, so that a query is stopped between two calls into Java.
+
+    A batch that is cut off is not committed; the next run reads it again.
+    """
+    interrupted = Event()
+    if current_thread() is not main_thread():  # signals reach the main thread only
+        yield interrupted
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _kafka_stream(spark: SparkSession, kafka: KafkaConfig) -> DataFrame:
@@ -101,6 +141,7 @@ def _kafka_stream(spark: SparkSession, kafka: KafkaConfig) -> DataFrame:
         .selectExpr("topic", "partition", "offset", "unix_millis(timestamp) AS timestamp", "value")
     )
     rows = source.mapInArrow(partial(kafka_rows, topics=topics), ddl(LAKE_SCHEMA))
+    # One file for each hour and kind: without it, each partition of the topics would write its own.
     return with_partitions(rows).observe("ingested", *count_kinds()).repartition(*PARTITION_COLUMNS)
 
 

@@ -61,7 +61,7 @@ def _check_task(manifest: SnapshotManifest, task: Task, rows: pa.Table) -> list[
     outcome = pc.fill_null(rows.column("outcome_known_at"), manifest.as_of).to_numpy()
     elapsed, share = rows.column("elapsed").to_numpy(), rows.column("observed_share").to_numpy()
     weight = rows.column("weight").to_numpy()
-    width = _width(manifest, task)
+    width = AttributionConfig.model_validate(manifest.config["attribution"]).width(task)
     distinct = pc.count_distinct(rows.column("sample_id")).as_py()
     faults = {
         "sample_id appears more than once": np.arange(rows.num_rows) >= distinct,
@@ -86,8 +86,3 @@ def _check_task(manifest: SnapshotManifest, task: Task, rows: pa.Table) -> list[
             f"Found {rows.num_rows} with {int(label.sum())}"
         )
     return findings
-
-
-def _width(manifest: SnapshotManifest, task: Task) -> int:
-    rule = AttributionConfig.model_validate(manifest.config["attribution"])
-    return rule.click_window if task == "click" else rule.attribution_window

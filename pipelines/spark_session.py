@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.errors import ConfigError, SetupError
+from pipelines.errors import ConfigError, DataError, SetupError
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["parse_settings", "spark_session", "stop_spark"]
+__all__ = ["parse_settings", "spark_session", "stop_spark", "worker_errors"]
 
 PACKAGES = ("pipelines", "models", "calibration", "monitoring", "jobs")
 _HOST = "127.0.0.1"
 _STOP_GRACE_S = 30.0
+_WORKER_ERROR = re.compile(
+    r"^(?:\w+\.)*errors\.DataError: (?P<message>.+?)(?:\nhint: (?P<hint>[^\n]*))?\n(?:\s|$)",
+    re.MULTILINE | re.DOTALL,
+)
 
 _COMMON = {
     # Hours and dates of the lake, and every time in SQL, are UTC, wherever the machine stands.
@@ -124,6 +130,23 @@ def spark_session(
     if not is_local:
         session.sparkContext.addPyFile(str(_zipped_packages()))
     return session
+
+
+@contextmanager
+def worker_errors() -> Iterator[None]:
+    """Turn a `DataError` that one of our functions raised in a Spark worker into a `DataError` here.
+
+    Spark wraps it in a traceback of both languages; the user is told what we said, and no more.
+    """
+    from pyspark.errors import PySparkException
+
+    try:
+        yield
+    except PySparkException as error:
+        found = _WORKER_ERROR.search(str(error))
+        if found is None:
+            raise
+        raise DataError(found["message"].strip(), hint=found["hint"]) from error
 
 
 def stop_spark(session: SparkSession) -> None:

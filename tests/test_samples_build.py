@@ -262,6 +262,16 @@ def test_window_without_impressions_is_refused_and_leaves_nothing(
         build(spark, tmp_path / "none", tmp_path, AS_OF, DAY_MS, CONFIG, SPEC)
 
 
+def test_feature_that_does_not_fit_the_spec_is_told_in_one_sentence(
+    spark: SparkSession, lake: Path, tmp_path: Path
+) -> None:
+    wrong = FeatureSpec(numeric=(Numeric(name="campaign_id", low=0, high=1, mean=0, std=1),))
+    with pytest.raises(DataError, match=r"^feature campaign_id is numeric in the feature spec") as caught:
+        build(spark, lake, tmp_path, AS_OF, DAY_MS, CONFIG, wrong)
+    assert caught.value.hint == "make it categorical in the spec, or mend the producer"
+    assert "Traceback" not in str(caught.value)
+
+
 def test_negative_rate_and_window_out_of_range_are_refused(spark: SparkSession, lake: Path) -> None:
     with pytest.raises(ConfigError, match="negative rate"):
         build(spark, lake, lake, AS_OF, DAY_MS, CONFIG, SPEC, negative_rate=0.0)

@@ -253,6 +253,16 @@ def test_raw_messages_beside_a_log_are_dead_letters(spark: SparkSession, tmp_pat
     )
 
 
+def test_column_of_a_wrong_type_is_told_with_its_file(spark: SparkSession, tmp_path: Path) -> None:
+    log = write_log(tmp_path / "log", ".parquet")
+    table = pq.read_table(log / "clicks.parquet")
+    names = pa.array(["yesterday"] * len(table))
+    pq.write_table(table.set_column(2, "event_time", names), log / "clicks.parquet")
+    with pytest.raises(DataError, match=r"^clicks.parquet: column event_time must be int64") as caught:
+        ingest(spark, tmp_path / "lake", Config(), events=log)
+    assert "milliseconds since the epoch" in str(caught.value.hint)
+
+
 def test_folder_without_impressions_is_refused(spark: SparkSession, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected impressions"):
         ingest(spark, tmp_path / "lake", Config(), events=tmp_path)
