@@ -25,6 +25,8 @@ Progress = Callable[[str, int, int], None]
 
 # Rows encoded at a time. kafka-python does not bound what waits to be sent, so at most two blocks do.
 _BLOCK_ROWS = {"json": 16_384, "packed": 65_536}
+# Large batches: most of the cost of a request does not depend on its size.
+_LINGER_MS, _BATCH_BYTES = 50, 512 * 1024
 # With a rate, a block is what is due in so many seconds: the stream is as smooth as that.
 _PACE_S = 0.02
 # Longer than kafka-python itself tries to deliver a message.
@@ -85,7 +87,8 @@ def produce(
     topics = [str(getattr(kafka.topics, name)) for name in TOPICS]
     stop = files.rows if stop is None else min(stop, files.rows)
     wanted = dict.fromkeys(topics, kafka.partitions) | {kafka.topics.dead_letters: 1}
-    producer = make_producer(kafka, linger_ms=5, batch_size=256 * 1024)
+    linger_ms = _LINGER_MS if rate is None else 1000 * _PACE_S / 4
+    producer = make_producer(kafka, linger_ms=linger_ms, batch_size=_BATCH_BYTES)
     began = time.monotonic()
     rows: Counter[str] = Counter(dict.fromkeys(topics, 0))
     messages, done, waiting = 0, start, _Unacknowledged(kafka)
