@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
     from jobs.online import OnlineLoop
     from jobs.publishing import FirstReleases
-    from pipelines.config import Config
+    from pipelines.config import Config, Task
+    from pipelines.delay import DelayCurve
     from pipelines.event_files import EventFiles
     from pipelines.feature_spec import FeatureSpec
 
@@ -86,10 +87,12 @@ def run_backtest(
     from jobs.publishing import publish_student
     from jobs.single_thread import use_one_thread
     from pipelines.config import dump_config
+    from pipelines.label_plan import settle_labels
 
     use_one_thread()
     clock = _StageClock()
     begins_at, warm_rows = warm_up_end(files, config.backtest.warmup)
+    config = settle_labels(config, delay_curves(files, config, begins_at - 1))
     spec, segments = feature_spec(config, files, begins_at), usable_segments(config, files)
     plan = _Plan(config, files, out, spec, segments, begins_at, warm_rows, progress, clock)
     _fresh_releases(out / "releases")
@@ -131,6 +134,21 @@ def warm_up_end(files: EventFiles, warmup: str) -> tuple[int, int]:
             hint="give a share or a duration inside the log: --set backtest.warmup=25%",
         )
     return begins_at, rows
+
+
+def delay_curves(files: EventFiles, config: Config, as_of: int) -> dict[Task, DelayCurve]:
+    """How late the outcomes of each task come, from what was known at ``as_of`` (arrival time, ms)."""
+    import numpy as np
+
+    from pipelines.delay import DelayCurve
+    from pipelines.outcomes import outcomes_as_of
+
+    curves: dict[Task, DelayCurve] = {}
+    for task, outcome in outcomes_as_of(files.tables, config.attribution, as_of).items():
+        positive = outcome.label == 1
+        follow_up = np.minimum(as_of - outcome.opened, config.attribution.width(task))
+        curves[task] = DelayCurve.fit(outcome.outcome_delay[positive], follow_up[positive])
+    return curves
 
 
 def feature_spec(config: Config, files: EventFiles, before: int) -> FeatureSpec:
@@ -204,8 +222,9 @@ def _warm_up(plan: _Plan, loop: OnlineLoop) -> tuple[FirstReleases, dict[str, st
         warm_up_until=plan.begins_at,
         rows=max(len(rows_of_task) for rows_of_task in sets.values()),
         figures={task: one.report for task, one in trained.models.items()},
+        late_share=warm_up.late_share,
     )
-    loop.begin(first.students(), first.calibrators(), first.teachers())
+    loop.begin(first.students(), first.calibrators(), first.teachers(), first.late_share)
     plan.clock.lap("train")
     return first, dict(trained.skipped)
 

@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.chain import CalibrationChain
-from calibration.delayed import fnw_weight
 from jobs.prepared import StepEvents, Teacher
 from jobs.progressive import ProgressiveQuality
 from models.base import sigmoid
+from models.losses import policy_weights
 from models.student import LearnBatch, Student
 from monitoring.accounting import Accounting
 from pipelines.config import Config
@@ -74,6 +74,7 @@ class OnlineLoop:
     Parameters
     ----------
     config : Config
+        With settled label policies (`pipelines.label_plan`).
 
     Attributes
     ----------
@@ -98,8 +99,12 @@ class OnlineLoop:
         self.tasks: tuple[str, ...] = ()
         self.students: dict[str, Student] = {}
         self.calibrators: dict[str, CalibrationChain] = {}
+        self.late_share: dict[str, float] = {}
         self.joiner = Joiner(
-            config.attribution, config.labels.policy, traffic_ratio=config.labels.traffic_ratio
+            config.attribution,
+            (config.policy("click"), config.policy("conversion")),
+            observation=(config.observation("click"), config.observation("conversion")),
+            traffic_ratio=config.labels.traffic_ratio,
         )
         self.replay: dict[str, ReplayBuffer] = {
             task: ReplayBuffer(config.replay.rows_per_hour, config.student.seed + index)
@@ -138,14 +143,19 @@ class OnlineLoop:
         students: Mapping[str, Student],
         calibrators: Mapping[str, CalibrationChain],
         teachers: Mapping[str, Teacher],
+        late_share: Mapping[str, float] | None = None,
     ) -> None:
         """End the warm-up: from the next step on, predict and learn.
 
         Impressions whose windows are open are predicted now, so that outcomes that are still to come
         count as they would have, had the models been there when the impression arrived.
+
+        ``late_share`` is, by task, the share of the outcomes that come after the observation window (policy
+        ``esdfm``; 1 where it is not known).
         """
         self.tasks = tuple(students)
         self.students, self.calibrators = dict(students), dict(calibrators)
+        self.late_share = dict.fromkeys(self.tasks, 1.0) | dict(late_share or {})
         self.replay = {task: self.replay[task] for task in self.tasks}
         features = self.joiner.features
         if "buckets" not in features:
@@ -215,8 +225,9 @@ class OnlineLoop:
             self.students[task].learn(
                 LearnBatch(
                     **{name: values[part] for name, values in columns.items()},
-                    policy=config.labels.policy,
+                    policy=config.policy(task),
                     distillation_weight=config.distillation.weight,
+                    late_share=self.late_share[task],
                 )
             )
         return len(examples)
@@ -233,8 +244,12 @@ class OnlineLoop:
         slot, logit = examples.slot[known], logit[known]
         label, weight = examples.label[known].astype(np.float64), examples.weight[known]
         keys = features["segment_key"][slot]
-        if self.config.labels.policy == "fnw":
-            weight = weight * fnw_weight(chain.transform(logit, keys), label)
+        policy = self.config.policy(task)
+        # Rows of fnc are those of fnw; its own weights are no weights of single rows.
+        positive, negative = policy_weights(
+            "fnw" if policy == "fnc" else policy, label, chain.transform(logit, keys), self.late_share[task]
+        )
+        weight = weight * (positive + negative)
         chain.update(logit, label, weight, keys)
         if self.clock // HOUR_MS != self.refitted_hour:
             # How far segments are shrunk is estimated anew once an hour of event time.

@@ -17,7 +17,7 @@ from jobs.release import Release, TaskFiles, point, release_name, write_release
 from jobs.training import TaskModels
 from models.base import Model
 from models.student import Student
-from pipelines.config import Config, Task, dump_config
+from pipelines.config import Config, Task, dump_config, parse_config
 from pipelines.feature_spec import FeatureSpec
 
 __all__ = ["CalibratedTeacher", "FirstReleases", "load_first", "publish_student", "write_first"]
@@ -49,6 +49,18 @@ class FirstReleases:
     def warm_up_until(self) -> int:
         """Arrival time at which online learning begins, ms."""
         return int(self.student.manifest.extra["warm_up_until"])
+
+    def settle(self, config: Config) -> Config:
+        """The config with the label policies that training settled, where it leaves them to it."""
+        if config.labels.policy != "auto":
+            return config
+        settled = parse_config(self.student.config_toml, str(self.student.path / "config.toml"))
+        return config.model_copy(update={"labels": settled.labels})
+
+    @property
+    def late_share(self) -> dict[str, float]:
+        """By task, the share of the outcomes that come after the observation window."""
+        return {task: float(share) for task, share in self.student.manifest.extra["late_share"].items()}
 
     def teachers(self) -> dict[str, Teacher]:
         """The teacher of each task."""
@@ -85,6 +97,7 @@ def write_first(
     warm_up_until: int,
     rows: int,
     figures: Mapping[str, Any],
+    late_share: Mapping[str, float],
 ) -> FirstReleases:
     """Write the teacher's and the first student's release and point ``teacher`` and ``CURRENT`` at them."""
     common: dict[str, Any] = {
@@ -93,7 +106,11 @@ def write_first(
         "segments": segments,
         "last_event_time": warm_up_until,
         "learned_events": rows,
-        "extra": {"warm_up_until": warm_up_until, "quality": dict(figures)},
+        "extra": {
+            "warm_up_until": warm_up_until,
+            "quality": dict(figures),
+            "late_share": dict(late_share),
+        },
         "epoch": 0,
         "step": 0,
     }
@@ -116,7 +133,9 @@ def write_first(
         kind="student",
         parent=teacher.name,
         tasks={
-            cast(Task, task): TaskFiles("student", one.student.to_files(), one.student_calibrator.state())
+            cast(Task, task): TaskFiles(
+                "student", one.student.to_files(slots=True), one.student_calibrator.state()
+            )
             for task, one in models.items()
         },
         **common,

@@ -35,7 +35,9 @@ def train(snapshot: Path, releases: Path, config: Config) -> tuple[FirstReleases
     from jobs.publishing import write_first
     from jobs.single_thread import use_one_thread
     from jobs.training import train_models
+    from pipelines.delay import DelayCurve
     from pipelines.feature_spec import FeatureSpec
+    from pipelines.label_plan import late_share, settle_labels
     from pipelines.snapshot import read_manifest, read_snapshot
 
     use_one_thread()
@@ -43,7 +45,9 @@ def train(snapshot: Path, releases: Path, config: Config) -> tuple[FirstReleases
     spec = FeatureSpec.read(snapshot / "feature_spec.toml")
     tasks = [task for task in config.labels.tasks if task in manifest.tasks]
     sets = {task: read_snapshot(snapshot, task) for task in tasks}
-    trained = train_models(sets, spec, config)
+    curves = {task: DelayCurve.from_state(manifest.tasks[task].delay_curve) for task in tasks}
+    config = settle_labels(config, curves)
+    trained = train_models(sets, spec, config, segments=manifest.segments)
     for task, reason in trained.skipped.items():
         log.warning("task skipped task=%s reason=%r", task, reason)
     if not trained.models:
@@ -61,6 +65,7 @@ def train(snapshot: Path, releases: Path, config: Config) -> tuple[FirstReleases
         warm_up_until=manifest.as_of + 1,
         rows=max(len(rows) for rows in sets.values()),
         figures={task: one.report for task, one in trained.models.items()},
+        late_share={task: late_share(config, task, curve) for task, curve in curves.items()},
     )
     if config.tracking.uri:
         _track(config, first, manifest.snapshot_id, {t: one.report for t, one in trained.models.items()})

@@ -11,6 +11,7 @@ from jobs.online import OnlineLoop, StepResult
 from pipelines.delay import DelayCurve
 from pipelines.joined import Closed
 from pipelines.joiner import TASKS
+from pipelines.label_plan import late_share
 from pipelines.training_set import TrainingSet
 
 __all__ = ["WarmUp"]
@@ -20,11 +21,18 @@ class WarmUp:
     """Collects the windows of a loop that is warming up, with the labels known at its end.
 
     The rows are those of policy ``relabel`` of `pipelines.attribution.rows`, as of the loop's clock.
+
+    Attributes
+    ----------
+    late_share : dict of str to float
+        By task, the share of the outcomes that come after the observation window; filled by
+        `training_sets`.
     """
 
     def __init__(self, loop: OnlineLoop) -> None:
         self.loop = loop
         self._rows: dict[str, list[dict[str, NDArray[Any]]]] = {task: [] for task in loop.replay}
+        self.late_share: dict[str, float] = {}
 
     def add(self, result: StepResult) -> None:
         """Keep the windows that one step has closed."""
@@ -62,11 +70,11 @@ class WarmUp:
         order = np.argsort(columns["event_time"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
         attribution = self.loop.config.attribution
-        width = attribution.click_window if task == "click" else attribution.attribution_window
-        elapsed = np.minimum(self.loop.clock - columns["event_time"], width)
+        elapsed = np.minimum(self.loop.clock - columns["event_time"], attribution.width(task))
         positive = columns["label"] == 1
         delay = (columns["outcome_time"] - columns["event_time"])[positive]
         curve = DelayCurve.fit(delay, elapsed[positive])
+        self.late_share[task] = late_share(self.loop.config, task, curve)
         observed = np.where(columns["mature"], 1.0, curve.cdf(elapsed))
         return TrainingSet(
             buckets=columns["buckets"],

@@ -81,12 +81,13 @@ class Worker:
         until_end: bool = False,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.config, self.releases, self.state, self._clock = config, releases, state, clock
+        self.releases, self.state, self._clock = releases, state, clock
         self._until_end = until_end
         self.first: FirstReleases = load_first(releases)
+        self.config = config = self.first.settle(config)
         self.store = CheckpointStore(state, keep=config.stream.keep_checkpoints)
         self.store.open()
-        self.loop = OnlineLoop(config)
+        self.loop = OnlineLoop(self.config)
         self.predictions = PredictionLog(state / "predictions")
         self.dead_letters = DeadLetterFile(state / "dead_letters.jsonl")
         self.tracking = WorkerTracking(config, state)
@@ -245,7 +246,9 @@ class Worker:
                 f"the state in {self.state} began with another first student than that in {self.releases}.",
                 hint="name the --releases folder that belongs to this --state, or a new --state folder",
             )
-        self.loop.begin(self.first.students(), self.first.calibrators(), self._frozen.teachers)
+        self.loop.begin(
+            self.first.students(), self.first.calibrators(), self._frozen.teachers, self.first.late_share
+        )
         load_loop_state(self.loop, checkpoint.arrays, plain)
         self.segments = list(checkpoint.manifest["outputs"])
         self.predictions.keep_only(self.segments)
@@ -267,7 +270,9 @@ class Worker:
 
     def _step(self, events: StepEvents) -> None:
         if not self.loop.tasks and events.clock >= self.first.warm_up_until:
-            self.loop.begin(self.first.students(), self.first.calibrators(), self._frozen.teachers)
+            self.loop.begin(
+                self.first.students(), self.first.calibrators(), self._frozen.teachers, self.first.late_share
+            )
             self._committed_step = self.loop.step_number
         result = self.loop.step(events)
         self.predictions.add(result.predicted, self.loop.tasks, self.release)

@@ -33,9 +33,11 @@ class LearnBatch:
         First emission of the row; only those are distilled.
     teacher_logit : ndarray of float64, shape (n,)
         Calibrated logit of the teacher, NaN where there is none.
-    policy : {"wait", "vanilla", "fnw", "fnc"}
+    policy : {"wait", "vanilla", "fnw", "fnc", "esdfm"}
     distillation_weight : float
         Of the cross entropy to the teacher, beside 1 for the policy's loss.
+    late_share : float
+        Share of the outcomes that come after the observation window: see `models.losses.policy_weights`.
     """
 
     buckets: NDArray[np.int32]
@@ -46,6 +48,7 @@ class LearnBatch:
     teacher_logit: NDArray[np.float64]
     policy: str
     distillation_weight: float
+    late_share: float = 1.0
 
     def __len__(self) -> int:
         return len(self.label)
@@ -59,7 +62,9 @@ class LearnBatch:
             If a label, weight or logit is not a number.
         """
         probability = sigmoid(logit)
-        gradient = policy_gradient(self.policy, np.asarray(self.label, np.float64), probability)
+        gradient = policy_gradient(
+            self.policy, np.asarray(self.label, np.float64), probability, self.late_share
+        )
         distilled = self.first & np.isfinite(self.teacher_logit)
         if self.distillation_weight > 0.0 and distilled.any():
             # Rows without a teacher get a harmless logit and are masked out.

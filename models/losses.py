@@ -27,7 +27,9 @@ __all__ = [
 Array = NDArray[np.float64]
 
 
-def policy_weights(policy: str, label: Array, probability: Array) -> tuple[Array, Array]:
+def policy_weights(
+    policy: str, label: Array, probability: Array, late_share: float = 1.0
+) -> tuple[Array, Array]:
     """Weights ``(w_pos, w_neg)`` of ``w_pos l1 + w_neg l0`` for rows emitted under a delayed-feedback policy.
 
     ``f`` in the weights is a constant: it is never differentiated. A soft label ``c`` counts as ``c`` of a
@@ -40,7 +42,13 @@ def policy_weights(policy: str, label: Array, probability: Array) -> tuple[Array
     vanilla    v                  1 - v                  p / (1 + p_dp), p_dp of them delayed
     fnw        v (1 + f)          (1 - v)(1 - f)(1 + f)  p
     fnc        v                  (1 - f) / (1 + f)      p
+    esdfm      v (1 + d)          (1 - v)(1 + d) r       p
     ========== ================== ====================== ==========================================
+
+    For ES-DFM ``d = f s`` is the chance of an outcome after the observation window, ``s`` being the share of
+    outcomes that come that late, and ``r = (1 - f) / (1 - f + d)`` that of a true negative among rows without
+    an outcome by then. The paper learns ``d`` and ``r`` by further networks; here ``s`` is read off the delay
+    curve of the warm-up and ``f`` is the model's own, as in FNW, which is the case ``s = 1``.
 
     FNC is cross entropy of ``q``, the share of positives among emitted rows, followed by ``p = q / (1 - q)``.
     We predict ``p`` itself and substitute ``q = p / (1 + p)``: the loss becomes ``-v log p + log(1 + p)``,
@@ -49,11 +57,13 @@ def policy_weights(policy: str, label: Array, probability: Array) -> tuple[Array
 
     Parameters
     ----------
-    policy : {"wait", "vanilla", "fnw", "fnc"}
+    policy : {"wait", "vanilla", "fnw", "fnc", "esdfm"}
     label : ndarray, shape (n,)
         In [0, 1].
     probability : ndarray, shape (n,)
         The model's own prediction at this moment.
+    late_share : float
+        ``s``, in [0, 1]; used by ``esdfm`` only.
 
     Raises
     ------
@@ -62,7 +72,8 @@ def policy_weights(policy: str, label: Array, probability: Array) -> tuple[Array
 
     References
     ----------
-    Ktena et al. (2019), arXiv 1907.06558, section 3.2 (FNW: eq. 9; FNC: eq. 13).
+    Ktena et al. (2019), arXiv 1907.06558, section 3.2 (FNW: eq. 9; FNC: eq. 13). Yang et al. (2021), Capturing
+    delayed feedback in conversion rate prediction via elapsed-time sampling, arXiv 2012.03245 (ES-DFM).
 
     Examples
     --------
@@ -76,12 +87,16 @@ def policy_weights(policy: str, label: Array, probability: Array) -> tuple[Array
         return label * (1.0 + probability), (1.0 - label) * (1.0 - probability) * (1.0 + probability)
     if policy == "fnc":
         return label, (1.0 - probability) / (1.0 + probability)
-    raise ConfigError(f"expected a policy among wait, vanilla, fnw, fnc. Received: {policy!r}.")
+    if policy == "esdfm":
+        late = probability * late_share
+        true_negative = (1.0 - probability) / (1.0 - probability + late)
+        return label * (1.0 + late), (1.0 - label) * (1.0 + late) * true_negative
+    raise ConfigError(f"expected a policy among wait, vanilla, fnw, fnc, esdfm. Received: {policy!r}.")
 
 
-def policy_gradient(policy: str, label: Array, probability: Array) -> Array:
+def policy_gradient(policy: str, label: Array, probability: Array, late_share: float = 1.0) -> Array:
     """Derivative of the policy's loss with respect to the logit, shape (n,)."""
-    positive, negative = policy_weights(policy, label, probability)
+    positive, negative = policy_weights(policy, label, probability, late_share)
     return negative * probability - positive * (1.0 - probability)
 
 

@@ -30,7 +30,7 @@ LogitGradient = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 _PREDICT_ROWS = 8192
 # Step of the bias for one row: constant, unlike Adagrad's, for the bias has to follow the base rate for ever.
 _BIAS_RATE = 0.2 / 256
-_WEIGHTS_FILE, _CONFIG_FILE = "student.safetensors", "student.json"
+_WEIGHTS_FILE, _CONFIG_FILE, _SLOTS_FILE = "student.safetensors", "student.json", "slots.safetensors"
 
 
 class Student:
@@ -206,17 +206,25 @@ class Student:
             tensor.copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
         self.steps, self.rows_learned, self.small_optimizer().steps = (int(n) for n in state["counters"])
 
-    def to_files(self) -> dict[str, bytes]:
-        """The weights (no optimizer slots) as safetensors, and the configuration as JSON."""
+    def to_files(self, *, slots: bool = False) -> dict[str, bytes]:
+        """The weights as safetensors, and the configuration as JSON.
+
+        ``slots`` adds the optimizer slots: whoever is to go on learning needs them. Without them the first
+        updates of frequent rows would be as large as those of rows that were never seen.
+        """
         about = {
             "version": 1,
             "spec_digest": self.spec.digest(),
             "config": self.config.model_dump(mode="json"),
         }
-        return {
+        files = {
             _WEIGHTS_FILE: safetensors.numpy.save({k: v.numpy() for k, v in self.weights.items()}),
             _CONFIG_FILE: json.dumps(about, indent=1, sort_keys=True).encode(),
         }
+        if slots:
+            learned = {name: array for name, array in self.state().items() if not name.startswith("weights/")}
+            files[_SLOTS_FILE] = safetensors.numpy.save(learned)
+        return files
 
     @classmethod
     def from_files(cls, files: Mapping[str, bytes], spec: FeatureSpec) -> Self:
@@ -230,6 +238,7 @@ class Student:
         try:
             about = json.loads(files[_CONFIG_FILE])
             arrays = safetensors.numpy.load(files[_WEIGHTS_FILE])
+            slots = safetensors.numpy.load(files[_SLOTS_FILE]) if _SLOTS_FILE in files else None
         except (KeyError, ValueError, SafetensorError) as error:
             raise StaleStateError(f"expected the files of a student. Received: {error!r}.") from error
         made_for = about.get("spec_digest")
@@ -242,6 +251,8 @@ class Student:
         _check_fit(student.weights, arrays)
         for name, weight in student.weights.items():
             weight.copy_(torch.from_numpy(arrays[name]))
+        if slots is not None:
+            student.load_state({**slots, **{f"weights/{name}": array for name, array in arrays.items()}})
         return student
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipelines.config import AttributionConfig
+from pipelines.config import AttributionConfig, Task
 from pipelines.events import CLICK, CONVERSION, IMPRESSION
 
 __all__ = ["Event", "Row", "rows"]
@@ -54,7 +54,7 @@ class _Window:
     """A label window: opened at ``opened`` (event time), known since ``known`` (arrival time)."""
 
     impression_id: str
-    task: str
+    task: Task
     opened: int
     known: int
     width: int
@@ -85,7 +85,7 @@ def rows(
     as_of : int
         Arrival time, ms. Events that arrive later do not exist yet.
     attribution : AttributionConfig
-    policy : {"wait", "vanilla", "fnw", "fnc", "relabel"}
+    policy : {"wait", "vanilla", "esdfm", "fnw", "fnc", "relabel"}
         ``relabel`` gives one row a window, with the label known at ``as_of``; the others give every row
         that a stream has emitted by then (see the design of each in ``docs/labels.md``).
 
@@ -113,8 +113,8 @@ def _stream_rows(window: _Window, attribution: AttributionConfig, policy: str) -
     if policy == "wait":
         yield _row(window, "first", window.label(closed), closed + 1, window.width, True)
         return
-    if policy == "vanilla":
-        due = max(window.opened + attribution.observation_window, window.known)
+    if policy in ("vanilla", "esdfm"):
+        due = max(window.opened + attribution.observation(window.task), window.known)
         label = window.label(due)
         yield _row(window, "first", label, due + 1, due - window.opened, False)
         if label:

@@ -14,16 +14,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError
-from pydantic import model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
 
 from pipelines.duration import format_duration, parse_duration
 from pipelines.errors import ConfigError
 
-__all__ = ["Config", "Task", "dump_config", "load_config"]
+__all__ = ["Config", "Task", "dump_config", "load_config", "parse_config"]
 
 Task = Literal["click", "conversion"]
-Policy = Literal["wait", "vanilla", "fnw", "fnc"]
+Policy = Literal["wait", "vanilla", "fnw", "fnc", "esdfm"]
 
 
 def _to_milliseconds(value: object) -> object:
@@ -52,19 +59,38 @@ class AttributionConfig(_Section):
 
     @model_validator(mode="after")
     def _windows_nest(self) -> AttributionConfig:
-        for name in ("click_window", "attribution_window"):
-            if self.observation_window > getattr(self, name):
-                raise ValueError(
-                    f"observation_window must not exceed {name}. "
-                    f"Got {format_duration(self.observation_window)} > {format_duration(getattr(self, name))}"
-                )
+        if self.observation_window > self.attribution_window:
+            raise ValueError(
+                "observation_window must not exceed attribution_window. Got "
+                f"{format_duration(self.observation_window)} > {format_duration(self.attribution_window)}"
+            )
         return self
+
+    def width(self, task: Task) -> int:
+        """Width of the label window of a task, ms."""
+        return self.click_window if task == "click" else self.attribution_window
+
+    def observation(self, task: Task) -> int:
+        """How long the first row of a task waits, ms: the observation window within its own."""
+        return min(self.observation_window, self.width(task))
+
+
+class TaskLabelsConfig(_Section):
+    """What differs for one task."""
+
+    policy: Policy | None = None
+    observation_window: Duration | None = None
 
 
 class LabelsConfig(_Section):
-    """Which rows the stream emits for an outcome that may still come."""
+    """Which rows the stream emits for an outcome that may still come.
 
-    policy: Policy = "fnw"
+    ``auto`` is settled for each task when the first models are trained: see `pipelines.label_plan`.
+    """
+
+    policy: Policy | Literal["auto"] = "auto"
+    click: TaskLabelsConfig = TaskLabelsConfig()
+    conversion: TaskLabelsConfig = TaskLabelsConfig()
     traffic_ratio: bool = True
     tasks: tuple[Task, ...] = ("click", "conversion")
 
@@ -151,7 +177,10 @@ class TopicsConfig(_Section):
 
 
 class KafkaConfig(_Section):
-    """The broker. ``options`` go to kafka-python as they are (TLS, SASL); values ``env:NAME`` are read from the environment."""
+    """The broker.
+
+    ``options`` go to kafka-python as they are (TLS, SASL); values ``env:NAME`` are read from the environment.
+    """
 
     bootstrap_servers: str = "127.0.0.1:9092"
     topics: TopicsConfig = TopicsConfig()
@@ -208,6 +237,30 @@ class Config(_Section):
     serve: ServeConfig = ServeConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    def policy(self, task: Task) -> Policy:
+        """Label policy of a task.
+
+        Raises
+        ------
+        ConfigError
+            If it is ``auto`` and has not been settled.
+        """
+        own: TaskLabelsConfig = getattr(self.labels, task)
+        policy = own.policy or self.labels.policy
+        if policy == "auto":
+            raise ConfigError(
+                f"the label policy of the {task} task is auto and has not been settled.",
+                hint="training settles it; or set labels.policy",
+            )
+        return policy
+
+    def observation(self, task: Task) -> int:
+        """How long the first row of a task waits under a policy that waits, ms."""
+        own: TaskLabelsConfig = getattr(self.labels, task)
+        return min(
+            own.observation_window or self.attribution.observation_window, self.attribution.width(task)
+        )
+
 
 def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a TOML file and ``key=value`` overrides (values in TOML syntax; bare words are strings).
@@ -218,24 +271,31 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
         If the file is missing or not TOML, a key is unknown (the nearest valid one is named) or a
         value does not fit.
     """
-    document: dict[str, Any] = {}
+    text = ""
     if path is not None:
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"cannot read the config file {path}: {error.strerror}.") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}.") from error
-    for override in overrides:
-        _apply_override(document, override)
-    try:
-        config = Config.model_validate(document)
-    except ValidationError as error:
-        raise _as_config_error(error) from error
+    config = parse_config(text, str(path), overrides)
     if path is not None and config.features.spec is not None and not config.features.spec.is_absolute():
         features = FeaturesConfig(spec=path.parent / config.features.spec)
         config = config.model_copy(update={"features": features})
     return config
+
+
+def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
+    """Configuration from TOML text; ``where`` names it in errors, which are those of `load_config`."""
+    try:
+        document: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{where} is not valid TOML: {error}.") from error
+    for override in overrides:
+        _apply_override(document, override)
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        raise _as_config_error(error) from error
 
 
 def dump_config(config: Config) -> str:

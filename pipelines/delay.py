@@ -121,6 +121,12 @@ class DelayCurve:
             delay, probability = np.append(0.0, delay), np.append(0.0, probability)
         return np.interp(age, delay, probability, left=0.0, right=1.0)
 
+    def quantile(self, share: float) -> float:
+        """Smallest delay seen (ms) by which ``share`` of the outcomes have come; 0 without a curve."""
+        if len(self.delay) == 0:
+            return 0.0
+        return float(self.delay[int(np.searchsorted(self.probability, share, side="left"))])
+
     def state(self) -> dict[str, Any]:
         """Plain JSON data."""
         return {

@@ -15,11 +15,10 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.bucket_sizes import Codes, bucket_count, encode_values
-from pipelines.duration import DAY_MS
 from pipelines.errors import DataError
 from pipelines.events import feature_names
 from pipelines.feature_columns import text_column
-from pipelines.feature_spec import Categorical, Cross, FeatureSpec, Group, Hour, LeftOut, Numeric, Sequence
+from pipelines.feature_spec import Categorical, Cross, FeatureSpec, Group, LeftOut, Numeric, Sequence
 from pipelines.hashing import mix
 
 __all__ = ["infer_spec"]
@@ -251,7 +250,6 @@ def infer_spec(impressions: pa.Table, horizon: float = 3.0) -> FeatureSpec:
     spec = FeatureSpec(
         categorical=tuple(one.part for one in inference.categorical),
         numeric=tuple(inference.numeric),
-        hour=_hour(impressions),
         sequence=tuple(inference.sequence),
         cross=tuple(inference.crosses()),
         left_out=tuple(inference.left_out),
@@ -262,13 +260,6 @@ def infer_spec(impressions: pa.Table, horizon: float = 3.0) -> FeatureSpec:
             + "; ".join(f"{one.name}: {one.reason}" for one in spec.left_out)
         )
     return spec
-
-
-def _hour(impressions: pa.Table) -> Hour | None:
-    """Hour of the day, where every hour has been seen and no column is called so already."""
-    span = pc.min_max(impressions.column("event_time")).as_py()
-    covers_a_day = span["max"] - span["min"] >= DAY_MS
-    return Hour() if covers_a_day and "hour_of_day" not in impressions.column_names else None
 
 
 def _names_things(name: str, column: pa.Array) -> bool:

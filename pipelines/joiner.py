@@ -18,7 +18,7 @@ from pipelines.events import CLICK, CONVERSION, IMPRESSION
 from pipelines.joined import Arrivals, Closed, Examples, Joined, NegativeDelay, Outcomes, StepLog
 from pipelines.label_windows import FIRST, POSITIVE, Emission, LabelWindows
 from pipelines.orphans import Orphan, Orphans
-from pipelines.traffic import TrafficRate
+from pipelines.traffic import MeanRatio, TrafficRate
 
 __all__ = ["CLICK_TASK", "CONVERSION_TASK", "TASKS", "Joiner"]
 
@@ -39,9 +39,11 @@ class Joiner:
     Parameters
     ----------
     attribution : AttributionConfig
-    policy : {"wait", "vanilla", "fnw", "fnc"}
+    policy : {"wait", "vanilla", "esdfm", "fnw", "fnc"}, or one for each of TASKS
+    observation : int or one for each of TASKS, optional
+        How long a first row waits under a policy that waits, ms; the attribution's without it.
     traffic_ratio : bool
-        Weight delayed positives by traffic now over traffic when their window opened.
+        Weight delayed positives by the rate of first rows now over the rate when theirs was said.
 
     Attributes
     ----------
@@ -49,15 +51,28 @@ class Joiner:
         What travels with each impression, by slot.
     """
 
-    def __init__(self, attribution: AttributionConfig, policy: str, *, traffic_ratio: bool = True) -> None:
-        self.attribution, self.policy, self.traffic_ratio = attribution, policy, traffic_ratio
-        lateness, wait = attribution.allowed_lateness, attribution.observation_window
+    def __init__(
+        self,
+        attribution: AttributionConfig,
+        policy: str | tuple[str, str],
+        *,
+        observation: tuple[int, int] | None = None,
+        traffic_ratio: bool = True,
+    ) -> None:
+        self.attribution, self.traffic_ratio = attribution, traffic_ratio
+        policies = (policy, policy) if isinstance(policy, str) else policy
+        if observation is None:
+            observation = (attribution.observation("click"), attribution.observation("conversion"))
+        lateness = attribution.allowed_lateness
         self._patience = attribution.click_window + lateness
         self.windows = (
-            LabelWindows(attribution.click_window, wait, lateness, policy, _FIRST_CAPACITY),
-            LabelWindows(attribution.attribution_window, wait, lateness, policy, _FIRST_CAPACITY),
+            LabelWindows(attribution.click_window, observation[0], lateness, policies[0], _FIRST_CAPACITY),
+            LabelWindows(
+                attribution.attribution_window, observation[1], lateness, policies[1], _FIRST_CAPACITY
+            ),
         )
         self.traffic = (TrafficRate(), TrafficRate())
+        self.mean_ratio = (MeanRatio(), MeanRatio())
         self.features: dict[str, NDArray[Any]] = {}
         self._slot_of: dict[str, int] = {}
         self._id_of: list[str | None] = [None] * _FIRST_CAPACITY
@@ -151,11 +166,9 @@ class Joiner:
             slot_of[ids[row]] = slot
             self._id_of[slot] = ids[row]
         self._store_features(slots, rows, arrivals.features)
-        traffic = self.traffic[CLICK_TASK]
-        traffic.update(len(fresh), int(arrivals.arrival_time[-1]))
         step.count(IMPRESSION, "pending", len(fresh))
         known = arrivals.arrival_time[rows]
-        step.tell(CLICK_TASK, self.windows[0].open(slots, arrivals.event_time[rows], known, traffic.rate))
+        step.tell(CLICK_TASK, self.windows[0].open(slots, arrivals.event_time[rows], known))
         return list(self._waiting_for(CLICK, [ids[row] for row in fresh], known, step))
 
     def _store_features(self, slots: Ints, rows: Ints, features: dict[str, NDArray[Any]]) -> None:
@@ -193,10 +206,7 @@ class Joiner:
             step.count(CLICK, "pending", len(slot))
             for emission in windows.outcome(slot, part.event_time, known, part.positive, part.event_hash):
                 step.tell(CLICK_TASK, emission)
-            traffic = self.traffic[CONVERSION_TASK]
-            traffic.update(len(slot), int(known.max()))
-            opened = self.windows[CONVERSION_TASK].open(slot, part.event_time, known, traffic.rate)
-            step.tell(CONVERSION_TASK, opened)
+            step.tell(CONVERSION_TASK, self.windows[CONVERSION_TASK].open(slot, part.event_time, known))
             for matched in self._waiting_for(CONVERSION, part.impression_id, known, step):
                 self._credit_conversions(matched, step)
 
@@ -317,12 +327,18 @@ class Joiner:
         slot, kind, label = slot[order], kind[order], label[order]
         weight = np.ones(len(slot))
         again = kind == POSITIVE
+        traffic = self.traffic[task]
+        if not again.all():
+            traffic.update(int((~again).sum()), clock)
+            windows.traffic[slot[~again]] = traffic.rate
         if self.traffic_ratio and again.any():
-            then = windows.traffic[slot[again]].astype(np.float64)
-            now = self.traffic[task].rate_at(clock)
+            then, now = windows.traffic[slot[again]].astype(np.float64), traffic.rate_at(clock)
             # A rate of 0 means that nothing has been measured yet.
             ratio = np.divide(now, then, out=np.ones_like(then), where=(then > 0) & (now > 0))
-            weight[again] = np.clip(ratio, 1 / _TRAFFIC_RATIO_LIMIT, _TRAFFIC_RATIO_LIMIT)
+            ratio = np.clip(ratio, 1 / _TRAFFIC_RATIO_LIMIT, _TRAFFIC_RATIO_LIMIT)
+            # Every positive is said once: in the long run its weight must be 1. Where outcomes prefer busy
+            # hours the bare ratio exceeds that.
+            weight[again] = ratio / self.mean_ratio[task].update(ratio)
         return Examples(slot, kind, label, windows.opened[slot], known_at[order], weight)
 
     def _count_told(self, examples: tuple[Examples, Examples], step: StepLog) -> None:
@@ -364,6 +380,7 @@ class Joiner:
             arrays.update({f"{task}_{name}": value for name, value in windows.state().items()})
         plain = {
             "traffic": [rate.state() for rate in self.traffic],
+            "mean_ratio": [mean.state() for mean in self.mean_ratio],
             "orphans": {str(kind): orphans.state() for kind, orphans in self._orphans.items()},
         }
         return arrays, plain
@@ -391,6 +408,8 @@ class Joiner:
             )
         first, second = (TrafficRate.from_state(state) for state in plain["traffic"])
         self.traffic = (first, second)
+        click_mean, conversion_mean = (MeanRatio(*state) for state in plain["mean_ratio"])
+        self.mean_ratio = (click_mean, conversion_mean)
         self._orphans = {
             int(kind): Orphans.from_state(self._patience, held) for kind, held in plain["orphans"].items()
         }

@@ -16,6 +16,8 @@ from pipelines.timers import TimerWheel
 __all__ = ["FIRST", "POSITIVE", "Emission", "LabelWindows"]
 
 FIRST, POSITIVE = 0, 1
+# Policies whose first row waits for the observation window.
+_WAITING = ("vanilla", "esdfm")
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
@@ -54,9 +56,9 @@ class LabelWindows:
     Parameters
     ----------
     width, observation, lateness : int
-        Width of the window, how long to wait before the first emission (policy ``vanilla``) and how long
-        after its end events may still arrive; ms.
-    policy : {"wait", "vanilla", "fnw", "fnc"}
+        Width of the window, how long to wait before the first emission (policies ``vanilla`` and ``esdfm``)
+        and how long after its end events may still arrive; ms.
+    policy : {"wait", "vanilla", "esdfm", "fnw", "fnc"}
 
     Notes
     -----
@@ -100,17 +102,17 @@ class LabelWindows:
             larger[: len(column)] = column
             setattr(self, name, larger)
 
-    def open(self, slot: Ints, opened: Ints, known: Ints, traffic: float) -> Emission:
+    def open(self, slot: Ints, opened: Ints, known: Ints) -> Emission:
         """Open windows; returns the rows that the policy says at once."""
         self.opened[slot], self.known[slot] = opened, known
         self.outcome_time[slot], self.outcome_hash[slot] = -1, 0
         self.label[slot], self.is_open[slot] = 0, True
         self.first_said[slot], self.positive_said[slot] = False, False
         self.unsaid[slot] = 0
-        self.traffic[slot] = traffic
+        self.traffic[slot] = 0.0
         # One tick late: whatever arrives at the very instant of closing still counts.
         self._closing.set(slot, np.maximum(opened + (self.width + self.lateness), known) + 1)
-        if self.policy == "vanilla":
+        if self.policy in _WAITING:
             self._waiting.set(slot, np.maximum(opened + self.observation, known) + 1)
         if self.policy in ("fnw", "fnc"):
             self.first_said[slot] = True
@@ -132,7 +134,7 @@ class LabelWindows:
     ) -> list[Emission]:
         """Apply accepted outcomes, at most one a slot; returns the rows that follow at once."""
         emissions = []
-        if self.policy == "vanilla":
+        if self.policy in _WAITING:
             due = np.maximum(self.opened[slot] + self.observation, self.known[slot])
             overdue = ~self.first_said[slot] & (due < known)
             if overdue.any():
@@ -156,7 +158,7 @@ class LabelWindows:
         return emissions
 
     def due(self, clock: int) -> Emission:
-        """First rows whose waiting time has passed (policy ``vanilla``)."""
+        """First rows whose waiting time has passed (policies ``vanilla`` and ``esdfm``)."""
         slot, due = self._waiting.pop(clock)
         untold = ~self.first_said[slot] & self.is_open[slot]
         slot, due = slot[untold], due[untold]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-__all__ = ["TrafficRate"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["MeanRatio", "TrafficRate"]
 
 # Short enough to follow the daily cycle, long enough that a minute's noise does not reach the weights.
 _HORIZON_MS = 30 * 60_000
@@ -60,3 +63,34 @@ class TrafficRate:
     @classmethod
     def from_state(cls, state: list[float]) -> TrafficRate:
         return cls(state[0], state[1], int(state[2]))
+
+
+# Positives over which the mean of their ratios is taken, and how many of ratio 1 it starts from: a few days
+# of a small log, some hours of a busy one.
+_MEAN_HORIZON = 20_000.0
+_MEAN_START = 500.0
+
+
+@dataclass
+class MeanRatio:
+    """Mean of traffic ratios over the last positives, starting from 1.
+
+    Examples
+    --------
+    >>> mean = MeanRatio()
+    >>> round(mean.update(np.full(500, 3.0)), 2)
+    2.01
+    """
+
+    total: float = _MEAN_START
+    weight: float = _MEAN_START
+
+    def update(self, ratio: NDArray[np.float64]) -> float:
+        """Take in the ratios of new positives, shape (n,); returns the mean with them."""
+        decay = math.exp(-len(ratio) / _MEAN_HORIZON)
+        self.total = self.total * decay + float(ratio.sum())
+        self.weight = self.weight * decay + len(ratio)
+        return self.total / self.weight
+
+    def state(self) -> list[float]:
+        return [self.total, self.weight]

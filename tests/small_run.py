@@ -27,6 +27,7 @@ SIMULATION = SimulationConfig(
     attribution_window=86_400_000,
 )
 SETTINGS = (
+    "labels.policy=fnw",
     "attribution.attribution_window=24h",
     "student.batch_rows=128",
     "student.embedding_dim=4",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from pipelines.joiner import TASKS, Joiner
 WINDOWS = AttributionConfig(
     click_window=40, attribution_window=100, observation_window=15, allowed_lateness=20
 )
-POLICIES = ["wait", "vanilla", "fnw", "fnc"]
+POLICIES = ["wait", "vanilla", "esdfm", "fnw", "fnc"]
 KIND_NAMES = {0: "first", 1: "delayed_positive"}
 
 
@@ -78,7 +79,7 @@ def run(events: list[Event], policy: str, cuts: list[int], as_of: int, restart: 
     joiner, said, totals = Joiner(WINDOWS, policy), [], Counter()
     ordered = [event for event in in_arrival_order(events) if event.arrival_time <= as_of]
     bounds = sorted({0, len(ordered), *(cut % (len(ordered) + 1) for cut in cuts)})
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         part = ordered[start:stop]
         said += step(joiner, part, part[-1].arrival_time, totals)
         if restart:

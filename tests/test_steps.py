@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pyarrow as pa
 from hypothesis import given, settings
@@ -37,9 +39,7 @@ def steps_of(rows: list[tuple[int, bool]], cuts: list[int], begins_at: int) -> t
     )
     bounds = sorted({0, len(rows), *(cut % (len(rows) + 1) for cut in cuts)})
     whole = block_of(rows)
-    steps = [
-        step for a, b in zip(bounds, bounds[1:], strict=False) for step in cutter.feed(whole.slice(a, b))
-    ]
+    steps = [step for a, b in pairwise(bounds) for step in cutter.feed(whole.slice(a, b))]
     steps += list(cutter.flush())
     dead = sum(len(step.dead_letters) for step in steps)
     return [step.clicks.impression_id for step in steps if len(step.clicks)], dead

@@ -29,6 +29,7 @@ from jobs.predictions import PredictionLog
 from jobs.produce import produce
 from jobs.release import list_releases, pointed
 from jobs.release_manifest import Manifest
+from jobs.single_thread import use_one_thread
 from jobs.worker import Worker
 from monitoring.accounting import Accounting
 from pipelines.config import Config, KafkaConfig, TopicsConfig, dump_config
@@ -319,7 +320,8 @@ def test_a_release_that_a_kill_prevented_is_published_at_the_next_start(
 
 def run_worker(folder: Path, config: Config) -> None:
     """A worker in a process of its own, committing as often as it can."""
-    stream = config.stream.model_copy(update={"publish_every": 100})
+    use_one_thread()
+    stream = config.stream.model_copy(update={"publish_every": 1})
     Worker(
         config.model_copy(update={"stream": stream}), folder / "releases", folder / "state", until_end=True
     ).run()
@@ -333,12 +335,13 @@ def test_a_process_ended_by_sigkill_ends_in_the_same_state(produced: Produced, t
     store, killed_at = CheckpointStore(tmp_path / "state"), []
     rng = np.random.default_rng([SEED, 9])
     for _ in range(4):
-        before = store.head()
+        heads, wanted = {store.head()}, int(rng.integers(2, 12))
         process = context.Process(target=run_worker, args=(tmp_path, produced.config))
         process.start()
-        while process.is_alive() and store.head() == before:
-            time.sleep(0.005)
-        time.sleep(float(rng.uniform(0, 0.15)))
+        while process.is_alive() and len(heads) < wanted:
+            heads.add(store.head())
+            time.sleep(0.002)
+        time.sleep(float(rng.uniform(0, 0.1)))
         process.kill()
         process.join()
         if process.exitcode == -signal.SIGKILL:
