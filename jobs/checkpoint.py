@@ -129,7 +129,9 @@ class CheckpointStore:
             return None
         try:
             with closing(self._connect()) as database:
-                row = database.execute("SELECT name FROM head WHERE id = 1").fetchone()
+                # A worker that is just starting has made the file and not yet the table.
+                table = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'head'").fetchone()
+                row = table and database.execute("SELECT name FROM head WHERE id = 1").fetchone()
         except sqlite3.OperationalError as error:
             raise SetupError(f"cannot read {self._database}: {error}.") from error
         except sqlite3.DatabaseError as error:

@@ -233,6 +233,11 @@ def test_a_really_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     assert store.head() == head
 
 
+def test_a_reader_that_comes_before_the_first_table_finds_nothing(tmp_path: Path) -> None:
+    (tmp_path / "head.sqlite").touch()
+    assert CheckpointStore(tmp_path).head() is None
+
+
 def test_garbage_collection_keeps_the_newest(tmp_path: Path) -> None:
     store = opened(tmp_path, keep=2)
     for step in range(1, 6):

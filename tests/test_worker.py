@@ -330,7 +330,7 @@ def run_worker(folder: Path, config: Config) -> None:
 def test_a_process_ended_by_sigkill_ends_in_the_same_state(produced: Produced, tmp_path: Path) -> None:
     # A server that has imported torch once forks the victims: only the kills are repeated, not the start.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_worker"])
+    context.set_forkserver_preload(["tests.test_worker", "models.gbdt", "lightgbm"])
     produced.small_run.first_releases(tmp_path / "releases")
     store, killed_at = CheckpointStore(tmp_path / "state"), []
     rng = np.random.default_rng([SEED, 9])
@@ -338,12 +338,14 @@ def test_a_process_ended_by_sigkill_ends_in_the_same_state(produced: Produced, t
         heads, wanted = {store.head()}, int(rng.integers(2, 12))
         process = context.Process(target=run_worker, args=(tmp_path, produced.config))
         process.start()
-        while process.is_alive() and len(heads) < wanted:
-            heads.add(store.head())
-            time.sleep(0.002)
-        time.sleep(float(rng.uniform(0, 0.1)))
-        process.kill()
-        process.join()
+        try:
+            while process.is_alive() and len(heads) < wanted:
+                heads.add(store.head())
+                time.sleep(0.002)
+            time.sleep(float(rng.uniform(0, 0.1)))
+        finally:
+            process.kill()
+            process.join()
         if process.exitcode == -signal.SIGKILL:
             killed_at.append(store.head())
     print(f"seed {SEED}/9: killed at {killed_at}")
