@@ -190,6 +190,7 @@ def _warm_up(plan: _Plan, loop: OnlineLoop) -> tuple[FirstReleases, dict[str, st
     from jobs.steps import WARM_UP_ROWS, StepCutter
     from jobs.training import train_models
     from jobs.warm_up import WarmUp
+    from pipelines.misfits import set_aside_misfits
 
     files, spec, segments = plan.files, plan.spec, plan.segments
     warm_up, sources = WarmUp(loop), files.kind_of_source()
@@ -197,7 +198,7 @@ def _warm_up(plan: _Plan, loop: OnlineLoop) -> tuple[FirstReleases, dict[str, st
         lambda block: prepare(block, spec, segments, FrozenModels(), sources), 1, plan.begins_at
     )
     for block in files.blocks(0, plan.warm_rows, WARM_UP_ROWS):
-        for events in cutter.feed(block):
+        for events in cutter.feed(set_aside_misfits(block, spec, files.partitions)):
             warm_up.add(loop.step(events))
         plan.progress("warm-up", int(block.offset[-1]) + 1, plan.warm_rows)
     for events in cutter.flush():
@@ -235,6 +236,7 @@ def _replay(plan: _Plan, loop: OnlineLoop, first: FirstReleases) -> pa.Table:
     from jobs.prepared import prepare
     from jobs.release import release_name
     from jobs.steps import StepCutter
+    from pipelines.misfits import set_aside_misfits
 
     files, batch_rows, every = plan.files, plan.config.student.batch_rows, plan.config.backtest.publish_every
     frozen, sources = first.frozen(), files.kind_of_source()
@@ -244,7 +246,7 @@ def _replay(plan: _Plan, loop: OnlineLoop, first: FirstReleases) -> pa.Table:
     predictions = PredictionLog(plan.out / "predictions")
     release, next_release = first.student.name, plan.begins_at + every
     for block in files.blocks(plan.warm_rows, None, max(_BLOCK_ROWS // batch_rows, 1) * batch_rows):
-        for events in cutter.feed(block):
+        for events in cutter.feed(set_aside_misfits(block, plan.spec, files.partitions)):
             predictions.add(loop.step(events).predicted, loop.tasks, release)
             if loop.clock >= next_release:
                 release = release_name("student", 1, loop.step_number)

@@ -41,8 +41,7 @@ def log_review(tracking: Tracking, out: Path, evaluation: Evaluation, summary: d
     verdicts = run_verdicts(RunFolder.read(out))
     lines = ["| verdict | | value | expected |", "|---|---|---|---|"]
     lines += [
-        f"| {one['name']} | {_MARK[one['status']]} | {one['value'] or '–'} | {one['expected'] or ''} |"
-        for one in verdicts
+        f"| {one.name} | {_MARK[one.status]} | {one.value or '–'} | {one.expected} |" for one in verdicts
     ]
     run.note("\n".join(lines))
     run.log_artifact(out / "report.html")

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pipelines.codec import with_features_from_json
 from pipelines.config import Config, Task
 from pipelines.delay import DelayCurve, DelayGrid
 from pipelines.duration import format_duration
 from pipelines.errors import ConfigError, DataError
 from pipelines.feature_spec import FeatureSpec
 from pipelines.lake import ddl, lake_version, read_lake
+from pipelines.misfits import find_misfits
 from pipelines.sample_encode import SampleEncoding, TaskWindow, sample_rows
 from pipelines.sample_join import (
     JoinWindow,
@@ -198,7 +200,6 @@ def _infer(samples: DataFrame, join: JoinWindow, impressions: int) -> FeatureSpe
     """Infer a spec from the latest impressions of the window, a bounded number of them."""
     from pyspark.sql import functions as F
 
-    from pipelines.codec import with_features_from_json
     from pipelines.inference import infer_spec
 
     inside = samples.where(F.col("click_opened").isNotNull())
@@ -245,8 +246,10 @@ def _write_rows(samples: DataFrame, staged: Path, encoding: SampleEncoding) -> M
         kept = kept.withColumn(f"{task}_opened", F.when(is_kept, F.col(f"{task}_opened")))
         columns += [f"{task}_{part}" for part in ("opened", "label", "known", "mature")]
     kept = kept.where(F.coalesce(*[F.col(f"{task}_opened") for task in encoding.tasks]).isNotNull())
-    rows = kept.select(*columns).mapInArrow(partial(sample_rows, encoding=encoding), ddl(SAMPLE_SCHEMA))
-    observation = Observation("samples")
+    asked, observation = Observation("asked"), Observation("samples")
+    opened = [F.count(f"{task}_opened").alias(f"{task}_asked") for task in encoding.tasks]
+    encode = partial(sample_rows, encoding=encoding)
+    rows = kept.select(*columns).observe(asked, *opened).mapInArrow(encode, ddl(SAMPLE_SCHEMA))
     written = staged / "written"
     (
         rows.observe(observation, *_observed(list(encoding.tasks)))
@@ -257,11 +260,22 @@ def _write_rows(samples: DataFrame, staged: Path, encoding: SampleEncoding) -> M
     )
     data = staged / DATA_NAME
     data.mkdir()
+    totals = {**asked.get, **observation.get}
+    if sum(totals[f"{task}_rows"] for task in encoding.tasks) == 0:
+        raise _nothing_fits(samples, encoding.spec)
     for task in encoding.tasks:
         for number, path in enumerate(sorted((written / f"of_task={task}").glob("*.parquet"))):
             path.rename(data / f"{task}-{number:05d}.parquet")
     shutil.rmtree(written)
-    return observation.get
+    return totals
+
+
+def _nothing_fits(samples: DataFrame, spec: FeatureSpec) -> DataError:
+    first = with_features_from_json(samples.select("features").limit(1).toArrow(), "features")
+    return DataError(
+        f"no impression of the window fits the feature spec: {find_misfits(first, spec).get(0, 'no reason')}",
+        hint="make such features categorical in the spec, or mend the producer",
+    )
 
 
 def _observed(tasks: list[Task]) -> list[Any]:
@@ -296,6 +310,9 @@ def _summary(
     join: JoinWindow,
 ) -> TaskSummary:
     rows = int(totals[f"{task}_rows"])
+    misfits = int(totals[f"{task}_asked"]) - rows
+    if misfits:
+        logger.warning("%d %s rows left out: their impressions do not fit the feature spec", misfits, task)
     stored = sum(file.rows for file in files.values() if file.task == task)
     if stored != rows:
         raise DataError(f"expected {rows} {task} rows in the files written. Found {stored}.")
@@ -312,6 +329,7 @@ def _summary(
         label_rate=ratio("positive_weight", "weight") or 0.0,
         mature_label_rate=ratio("mature_positive_weight", "mature_weight"),
         kinds={"first": rows},
+        misfits=misfits,
         content_digest=f"{int(totals[f'{task}_digest'] or 0) & ((1 << 64) - 1):016x}",
         delay_curve=curve.state(),
         largest_follow_up=0 if oldest is None else join.as_of - int(oldest),

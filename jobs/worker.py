@@ -43,6 +43,7 @@ from pipelines.errors import StaleStateError, TransientError
 from pipelines.events import TOPICS, DeadLetter, EventBlock
 from pipelines.joined import NegativeDelay
 from pipelines.kafka_source import Cursor, KafkaSource
+from pipelines.misfits import set_aside_misfits
 
 __all__ = ["Worker"]
 
@@ -176,7 +177,8 @@ class Worker:
             block = self.source.poll(_POLL_ROWS, timeout_s=0.1)
             if block is not None:
                 last_row = self._clock()
-                self._apply(self._cutter.feed(block))
+                fitting = set_aside_misfits(block, self.first.student.spec, self.source.partitions)
+                self._apply(self._cutter.feed(fitting))
             elif self.source.exhausted:
                 self._apply(self._cutter.flush())
                 return

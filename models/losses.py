@@ -72,8 +72,9 @@ def policy_weights(
 
     References
     ----------
-    Ktena et al. (2019), arXiv 1907.06558, section 3.2 (FNW: eq. 9; FNC: eq. 13). Yang et al. (2021), Capturing
-    delayed feedback in conversion rate prediction via elapsed-time sampling, arXiv 2012.03245 (ES-DFM).
+    Ktena et al. (2019), arXiv 1907.06558, section 3.2 (FNW: eq. 9; FNC: eq. 13). Yang et al. (2021),
+    Capturing delayed feedback in conversion rate prediction via elapsed-time sampling, arXiv 2012.03245
+    (ES-DFM).
 
     Examples
     --------

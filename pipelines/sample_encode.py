@@ -20,6 +20,7 @@ from pipelines.config import Task
 from pipelines.delay import DelayCurve
 from pipelines.feature_spec import FeatureSpec
 from pipelines.features import Encoded, encode
+from pipelines.misfits import find_misfits
 from pipelines.snapshot import SAMPLE_SCHEMA
 
 __all__ = ["SampleEncoding", "TaskWindow", "sample_rows"]
@@ -66,12 +67,18 @@ def sample_rows(batches: Iterable[pa.RecordBatch], encoding: SampleEncoding) -> 
     Yields
     ------
     RecordBatch
-        Rows of `pipelines.snapshot.SAMPLE_SCHEMA`.
+        Rows of `pipelines.snapshot.SAMPLE_SCHEMA`. Impressions that do not fit the spec give none, as in
+        the worker.
     """
     for batch in batches:
         table = pa.Table.from_batches([batch])
         # The task columns stay out of the way of features that bear the same names.
         impressions = with_features_from_json(table.select(_IMPRESSION), "features")
+        misfits = find_misfits(impressions, encoding.spec)
+        if misfits:
+            fits = np.ones(table.num_rows, np.bool_)
+            fits[list(misfits)] = False
+            table, impressions = table.filter(pa.array(fits)), impressions.filter(pa.array(fits))
         encoded = encode(impressions, encoding.spec, encoding.segments)
         for task, window in encoding.tasks.items():
             rows = np.flatnonzero(table.column(f"{task}_opened").is_valid().to_numpy())

@@ -109,6 +109,8 @@ class TaskSummary(_Part):
         The same over mature rows; None where there is none.
     kinds : dict of str to int
         Rows by kind.
+    misfits : int
+        Rows left out because their impression does not fit the feature spec.
     content_digest : str
         Of all rows in whatever order: equal content, equal digest.
     delay_curve : dict
@@ -123,6 +125,7 @@ class TaskSummary(_Part):
     label_rate: float
     mature_label_rate: float | None
     kinds: dict[str, int]
+    misfits: int
     content_digest: str
     delay_curve: dict[str, Any]
     largest_follow_up: int

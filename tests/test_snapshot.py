@@ -95,6 +95,7 @@ def stage(staged: Path, table: pa.Table) -> SnapshotManifest:
         label_rate=positives / table.num_rows,
         mature_label_rate=None,
         kinds={"first": table.num_rows},
+        misfits=0,
         content_digest="0",
         delay_curve={},
         largest_follow_up=DAY_MS,
