@@ -261,7 +261,12 @@ def _write_rows(samples: DataFrame, staged: Path, encoding: SampleEncoding) -> M
     data = staged / DATA_NAME
     data.mkdir()
     totals = {**asked.get, **observation.get}
-    if sum(totals[f"{task}_rows"] for task in encoding.tasks) == 0:
+    if not any(totals[f"{task}_asked"] for task in encoding.tasks):
+        raise DataError(
+            f"all rows are negatives, and sampling at rate {encoding.negative_rate:g} has kept none.",
+            hint="choose a longer --window or a higher --negative-rate",
+        )
+    if not any(totals[f"{task}_rows"] for task in encoding.tasks):
         raise _nothing_fits(samples, encoding.spec)
     for task in encoding.tasks:
         for number, path in enumerate(sorted((written / f"of_task={task}").glob("*.parquet"))):
