@@ -112,7 +112,8 @@ def _simulate(plan: DemoPlan, config: Config) -> tuple[Path, Config]:
 def _local(config: Config, bootstrap_servers: str, tracking_uri: str) -> Config:
     kafka = KafkaConfig(**{**config.kafka.model_dump(), "bootstrap_servers": bootstrap_servers})
     tracking = TrackingConfig(**{**config.tracking.model_dump(), "uri": tracking_uri})
-    return config.model_copy(update={"kafka": kafka, "tracking": tracking})
+    backtest = config.backtest.model_copy(update={"warmup": _WARM_UP})
+    return config.model_copy(update={"kafka": kafka, "tracking": tracking, "backtest": backtest})
 
 
 def _split(files: EventFiles, config: Config, plan: DemoPlan) -> _Split:
@@ -155,6 +156,8 @@ def _train(out: Path, snapshot: Path, config: Config) -> None:
     first, _ = train(snapshot, out / "releases", config)
     shutil.copytree(out / "releases", out / "reference" / "releases")
     shutil.copy(first.student.path / "feature_spec.toml", out / "feature_spec.toml")
+    # From here on the label policies are settled.
+    (out / "config.toml").write_text(dump_config(first.settle(config)), encoding="utf-8")
 
 
 def _review(

@@ -80,7 +80,11 @@ def review(
             "max_abs_delta_logit": live.consistency["max_abs_delta_logit"],
             "p99_abs_delta_logit": live.consistency["p99_abs_delta_logit"],
         },
-        "links": {"report": str(out / "report.html"), "mlflow": tracking.uri},
+        "links": {
+            "report": str(out / "report.html"),
+            "mlflow": tracking.uri,
+            "mlflow again": f"ctrstream tracking up --data {tracking.folder}",
+        },
     }
     for name, document in (
         ("drift", drift),

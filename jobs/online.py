@@ -19,7 +19,7 @@ from models.base import sigmoid
 from models.losses import policy_weights
 from models.student import LearnBatch, Student
 from monitoring.accounting import Accounting
-from pipelines.config import Config
+from pipelines.config import Config, Task
 from pipelines.duration import HOUR_MS
 from pipelines.events import KINDS
 from pipelines.joined import Examples, Joined, NegativeDelay
@@ -96,7 +96,7 @@ class OnlineLoop:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.tasks: tuple[str, ...] = ()
+        self.tasks: tuple[Task, ...] = ()
         self.students: dict[str, Student] = {}
         self.calibrators: dict[str, CalibrationChain] = {}
         self.late_share: dict[str, float] = {}
@@ -140,7 +140,7 @@ class OnlineLoop:
 
     def begin(
         self,
-        students: Mapping[str, Student],
+        students: Mapping[Task, Student],
         calibrators: Mapping[str, CalibrationChain],
         teachers: Mapping[str, Teacher],
         late_share: Mapping[str, float] | None = None,
@@ -202,7 +202,7 @@ class OnlineLoop:
         self.clock = max(self.clock, events.clock)
         return self.joiner.process(arrivals, events.clicks, events.conversions, self.clock)
 
-    def _learn(self, task: str, column: int, examples: Examples) -> int:
+    def _learn(self, task: Task, column: int, examples: Examples) -> int:
         if len(examples) == 0:
             return 0
         features, config = self.joiner.features, self.config
@@ -232,7 +232,7 @@ class OnlineLoop:
             )
         return len(examples)
 
-    def _calibrate(self, task: str, column: int, examples: Examples) -> None:
+    def _calibrate(self, task: Task, column: int, examples: Examples) -> None:
         """Update the calibrator from what was predicted when each impression arrived."""
         chain, features = self.calibrators[task], self.joiner.features
         if not self.config.calibration.online or len(examples) == 0:

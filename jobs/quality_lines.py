@@ -26,19 +26,17 @@ def quality_tables(evaluation: Evaluation) -> Iterator[Table]:
 
     for task in evaluation.tasks:
         figures = evaluation.metrics[task]
-        totals = figures["totals"]
-        rows = totals["student"]["rows"]
-        table = Table(
-            title=f"{task}: {rows:,} rows, {totals['student']['positives']:,} positives", title_justify="left"
-        )
+        judged_on = figures["judged_on"]
+        judged = figures["by_maturity"][judged_on]
+        support = f"{judged['student']['rows']:,} {judged_on} rows, {judged['student']['positives']:,} positives"
+        table = Table(title=f"{task}: {support}", title_justify="left")
         table.add_column("predictor")
         for name in ("log loss", "NE", "AUC", "GAUC", "PCOC", "regret"):
             table.add_column(name, justify="right")
         regret = figures.get("regret") or {}
         for name, label in _NAMES.items():
-            if name in totals:
-                own = totals[name]
-                table.add_row(label, *_cells(own), _number(_regret(regret.get(name))))
+            if name in judged:
+                table.add_row(label, *_cells(judged[name]), _number(_regret(regret.get(name))))
         base = figures["base_rate"]["judged"]
         table.add_row(
             "running base rate",
