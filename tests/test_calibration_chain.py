@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,6 +55,7 @@ def test_transform_is_the_composition_of_its_parts() -> None:
     chain.update(logit[:5000], label[:5000], None, keys[:5000])
     assert isinstance(chain.base, IsotonicCalibrator)
     assert chain.online is not None
+    assert chain.online.centre is not None
     assert chain.segments is not None
     by_hand = logit + np.log(0.37)
     by_hand = chain.base.transform_logit(by_hand)
@@ -71,6 +73,8 @@ def test_transform_is_the_composition_of_its_parts() -> None:
 
 def test_update_teaches_the_line_its_input_and_segments_what_was_predicted_before() -> None:
     chain, logit, label, keys = full_chain()
+    assert chain.online is not None
+    assert chain.segments is not None
     now = slice(0, 256)
     online = OnlinePlatt.from_state(chain.online.state())
     segments = SegmentCorrection.from_state(chain.segments.state())
@@ -228,9 +232,9 @@ def test_a_refused_update_teaches_no_part_anything() -> None:
     before = chain.digest()
     bad_label, bad_weight, bad_logit = label.copy(), np.ones(len(label)), logit.copy()
     bad_label[-1], bad_weight[-1], bad_logit[-1] = 3.0, 0.0, np.nan
-    for arguments in ((bad_logit, label, None), (logit, bad_label, None), (logit, label, bad_weight)):
+    for z, y, w in ((bad_logit, label, None), (logit, bad_label, None), (logit, label, bad_weight)):
         with pytest.raises(DataError):
-            chain.update(*arguments, keys)
+            chain.update(z, y, w, keys)
     assert chain.digest() == before
 
 
@@ -261,6 +265,7 @@ def test_digest_changes_with_every_part_that_learns() -> None:
     seen = {chain.digest()}
     chain.update(logit[:10], label[:10], None, keys[:10])
     seen.add(chain.digest())
+    assert chain.segments is not None
     chain.segments.strength[0] = np.nextafter(chain.segments.strength[0], np.inf)
     seen.add(chain.digest())
     assert len(seen) == 3
@@ -297,7 +302,7 @@ def test_text_that_is_no_chain_is_refused(text: str) -> None:
     "damage",
     [{"version": 2}, {"base": {"kind": "beta"}}, {"base": None}, {"online": {"kind": "platt"}}, {"extra": 1}],
 )
-def test_state_with_a_damaged_part_is_refused(damage: dict) -> None:
+def test_state_with_a_damaged_part_is_refused(damage: dict[str, Any]) -> None:
     chain, *_ = full_chain()
     with pytest.raises(StaleStateError):
         CalibrationChain.from_state({**chain.state(), **damage})

@@ -50,7 +50,7 @@ CALIBRATORS: dict[str, Callable[[], Calibrator]] = {
 }
 
 
-@pytest.fixture(params=CALIBRATORS.values(), ids=CALIBRATORS.keys())
+@pytest.fixture(params=list(CALIBRATORS.values()), ids=list(CALIBRATORS))
 def calibrator(request: pytest.FixtureRequest) -> Calibrator:
     built: Calibrator = request.param()
     return built
@@ -166,7 +166,7 @@ def test_smaller_floats_and_integers_are_taken_as_they_are(calibrator: Calibrato
     ],
 )
 def test_bad_labels_and_weights_are_refused_wherever_rows_are_learned_from(
-    label: list, weight: list | None, message: str
+    label: list[float], weight: list[float] | None, message: str
 ) -> None:
     learners = (
         PlattCalibrator.fit,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -154,7 +156,7 @@ def test_no_rows_is_an_error_that_says_so() -> None:
     "damage",
     [{"knot_logit": [0.0, 0.0]}, {"calibrated_logit": [1.0, 0.5]}, {"knot_logit": []}, {"end_slope": 0.0}],
 )
-def test_damaged_state_is_refused(damage: dict) -> None:
+def test_damaged_state_is_refused(damage: dict[str, Any]) -> None:
     state = IsotonicCalibrator([0.0, 1.0], [0.0, 0.5], 1.0).state()
     with pytest.raises(StaleStateError):
         IsotonicCalibrator.from_state({**state, **damage})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -230,14 +231,21 @@ def test_a_restored_filter_goes_on_to_the_bit() -> None:
         {"minimum_slope": 0.0},
     ],
 )
-def test_a_config_outside_its_range_is_refused(values: dict) -> None:
+def test_a_config_outside_its_range_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(values))):
         OnlineConfig(**values)
 
 
 def test_damaged_state_is_refused() -> None:
     state = OnlinePlatt().state()
-    for damage in ({"slope": float("nan")}, {"slope": "1"}, {"config": {}}, {"kind": "platt"}, {"more": 1}):
+    damages: list[dict[str, Any]] = [
+        {"slope": float("nan")},
+        {"slope": "1"},
+        {"config": {}},
+        {"kind": "platt"},
+        {"more": 1},
+    ]
+    for damage in damages:
         with pytest.raises(StaleStateError):
             OnlinePlatt.from_state({**state, **damage})
 

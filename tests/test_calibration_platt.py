@@ -22,7 +22,8 @@ def click_log(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def smoothed(label: np.ndarray, weight: np.ndarray) -> np.ndarray:
     positives, negatives = (weight * label).sum(), (weight * (1 - label)).sum()
-    return np.where(label == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+    targets: np.ndarray = np.where(label == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+    return targets
 
 
 def test_fit_gives_libsvms_numbers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -267,7 +268,7 @@ def test_extreme_probabilities_and_weights_stay_finite() -> None:
 @pytest.mark.parametrize(
     "keys", [[[1.0]], [1], [[1, 2]], [["a"]], [[1], [2]]], ids=["float", "flat", "wide", "text", "long"]
 )
-def test_keys_of_another_shape_or_type_are_refused_and_nothing_is_counted(keys: list) -> None:
+def test_keys_of_another_shape_or_type_are_refused_and_nothing_is_counted(keys: list[Any]) -> None:
     segments = SegmentCorrection(one_field())
     with pytest.raises(DataError, match="segment keys"):
         segments.update(keys, [0.5], [1])
@@ -294,7 +295,7 @@ def test_no_rows_are_no_change() -> None:
         {"prior_strength": float("inf")},
     ],
 )
-def test_a_config_outside_its_range_is_refused(values: dict) -> None:
+def test_a_config_outside_its_range_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         SegmentConfig(**{"names": ("a",), **values})
 

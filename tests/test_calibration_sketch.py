@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +23,10 @@ ROW = st.tuples(
     st.floats(2**-20, 2**20),
 )
 ROWS = st.lists(ROW, max_size=30)
+Rows = list[tuple[float, float, float]]
 
 
-def sketch_of(rows: list[tuple[float, float, float]]) -> LogitSketch:
+def sketch_of(rows: Rows) -> LogitSketch:
     sketch = LogitSketch()
     if rows:
         sketch.update(*(np.array(column) for column in zip(*rows, strict=True)))
@@ -39,7 +41,7 @@ def click_log(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 @settings(max_examples=100, deadline=None)
 @given(ROWS, ROWS, ROWS)
-def test_merging_is_associative_and_commutative_to_the_bit(a: list, b: list, c: list) -> None:
+def test_merging_is_associative_and_commutative_to_the_bit(a: Rows, b: Rows, c: Rows) -> None:
     x, y, z = sketch_of(a), sketch_of(b), sketch_of(c)
     assert (x + y) + z == x + (y + z)
     assert x + y == y + x
@@ -48,7 +50,7 @@ def test_merging_is_associative_and_commutative_to_the_bit(a: list, b: list, c: 
 
 @settings(max_examples=100, deadline=None)
 @given(ROWS, st.randoms(use_true_random=False))
-def test_sums_depend_neither_on_the_order_nor_on_the_batching_of_rows(rows: list, random: object) -> None:
+def test_sums_depend_neither_on_the_order_nor_on_the_batching_of_rows(rows: Rows, random: object) -> None:
     shuffled = list(rows)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
     one_by_one = LogitSketch()
@@ -59,7 +61,7 @@ def test_sums_depend_neither_on_the_order_nor_on_the_batching_of_rows(rows: list
 
 @settings(max_examples=50, deadline=None)
 @given(ROWS)
-def test_state_goes_through_json_to_the_bit(rows: list) -> None:
+def test_state_goes_through_json_to_the_bit(rows: Rows) -> None:
     sketch = sketch_of(rows)
     assert LogitSketch.from_state(json.loads(json.dumps(sketch.state()))) == sketch
 
@@ -213,7 +215,7 @@ def test_a_refused_update_adds_nothing() -> None:
         {"surprise": 1},
     ],
 )
-def test_damaged_state_is_refused(damage: dict) -> None:
+def test_damaged_state_is_refused(damage: dict[str, Any]) -> None:
     state = sketch_of([(0.0, 1.0, 1.0), (1.0, 0.0, 1.0)]).state()
     with pytest.raises(StaleStateError):
         LogitSketch.from_state({**state, **damage})

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections import Counter
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipelines.attribution import Event, Row, rows
+from pipelines.attribution import Event, rows
 from pipelines.config import AttributionConfig
 from pipelines.events import CLICK, CONVERSION, IMPRESSION
 from pipelines.hashing import hash_text
-from pipelines.joined import Arrivals, Outcomes
+from pipelines.joined import Arrivals, Closed, Outcomes
 from pipelines.joiner import TASKS, Joiner
 
 WINDOWS = AttributionConfig(
@@ -23,6 +24,18 @@ WINDOWS = AttributionConfig(
 )
 POLICIES = ["wait", "vanilla", "esdfm", "fnw", "fnc"]
 KIND_NAMES = {0: "first", 1: "delayed_positive"}
+# What a row of the rule begins with: impression_id, task, kind, label, event_time, known_at.
+Said = tuple[str, str, str, int, int, int]
+Totals = Counter[tuple[int, str]]
+Labels = Counter[tuple[str | None, str, int]]
+
+
+class Ran(NamedTuple):
+    """What a joiner has said about a log, its counts of events, and the joiner."""
+
+    said: list[Said]
+    totals: Totals
+    joiner: Joiner
 
 
 def in_arrival_order(events: list[Event]) -> list[Event]:
@@ -41,7 +54,7 @@ def outcomes_of(events: list[Event], kind: int) -> Outcomes:
     )
 
 
-def step(joiner: Joiner, events: list[Event], clock: int, totals: Counter) -> list[Row]:
+def step(joiner: Joiner, events: list[Event], clock: int, totals: Totals) -> list[Said]:
     impressions = [event for event in events if event.kind == IMPRESSION]
     joined = joiner.process(
         Arrivals(
@@ -54,10 +67,11 @@ def step(joiner: Joiner, events: list[Event], clock: int, totals: Counter) -> li
         outcomes_of(events, CONVERSION),
         clock,
     )
-    said = []
+    said: list[Said] = []
     for task, examples in zip(TASKS, joined.examples, strict=True):
         ids = joiner.ids(examples.slot)
         for n, name in enumerate(ids):
+            assert name is not None
             assert joiner.features["tag"][examples.slot[n]] == hash_text(name)
             kind = KIND_NAMES[int(examples.kind[n])]
             said.append(
@@ -75,8 +89,10 @@ def step(joiner: Joiner, events: list[Event], clock: int, totals: Counter) -> li
     return said
 
 
-def run(events: list[Event], policy: str, cuts: list[int], as_of: int, restart: bool = False) -> tuple:
-    joiner, said, totals = Joiner(WINDOWS, policy), [], Counter()
+def run(events: list[Event], policy: str, cuts: list[int], as_of: int, restart: bool = False) -> Ran:
+    joiner = Joiner(WINDOWS, policy)
+    said: list[Said] = []
+    totals: Totals = Counter()
     ordered = [event for event in in_arrival_order(events) if event.arrival_time <= as_of]
     bounds = sorted({0, len(ordered), *(cut % (len(ordered) + 1) for cut in cuts)})
     for start, stop in pairwise(bounds):
@@ -89,11 +105,11 @@ def run(events: list[Event], policy: str, cuts: list[int], as_of: int, restart: 
                 {name: array.copy() for name, array in arrays.items()}, json.loads(json.dumps(plain))
             )
     said += step(joiner, [], as_of, totals)
-    return said, totals, joiner
+    return Ran(said, totals, joiner)
 
 
 @st.composite
-def logs(draw) -> list[Event]:
+def logs(draw: st.DrawFn) -> list[Event]:
     events = []
     for n in range(draw(st.integers(1, 5))):
         name = f"i{n}"
@@ -116,7 +132,9 @@ def logs(draw) -> list[Event]:
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(events=logs(), cuts=st.lists(st.integers(0, 100), max_size=8), as_of=st.integers(0, 400))
-def test_joiner_says_the_rows_of_the_rule_for_any_order_cuts_and_moment(policy, events, cuts, as_of) -> None:
+def test_joiner_says_the_rows_of_the_rule_for_any_order_cuts_and_moment(
+    policy: str, events: list[Event], cuts: list[int], as_of: int
+) -> None:
     said, totals, joiner = run(events, policy, cuts, as_of)
     expected = [row[:6] for row in rows(events, as_of, WINDOWS, policy)]
     assert Counter(said) == Counter(expected)
@@ -132,19 +150,24 @@ def test_joiner_says_the_rows_of_the_rule_for_any_order_cuts_and_moment(policy, 
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(events=logs(), cuts=st.lists(st.integers(0, 100), max_size=8), as_of=st.integers(0, 400))
-def test_joiner_restored_at_any_point_continues_identically(policy, events, cuts, as_of) -> None:
+def test_joiner_restored_at_any_point_continues_identically(
+    policy: str, events: list[Event], cuts: list[int], as_of: int
+) -> None:
     straight = run(events, policy, cuts, as_of)
     restored = run(events, policy, cuts, as_of, restart=True)
-    assert straight[0] == restored[0]
-    assert straight[1] == restored[1]
-    for name, array in straight[2].state()[0].items():
-        np.testing.assert_array_equal(array, restored[2].state()[0][name], err_msg=name)
+    assert straight.said == restored.said
+    assert straight.totals == restored.totals
+    for name, array in straight.joiner.state()[0].items():
+        np.testing.assert_array_equal(array, restored.joiner.state()[0][name], err_msg=name)
 
 
 @settings(max_examples=300, deadline=None)
 @given(events=logs(), as_of=st.integers(0, 400))
-def test_open_and_closed_windows_carry_the_labels_known_as_of_a_moment(events, as_of) -> None:
-    joiner, found = Joiner(WINDOWS, "fnw"), Counter()
+def test_open_and_closed_windows_carry_the_labels_known_as_of_a_moment(
+    events: list[Event], as_of: int
+) -> None:
+    joiner = Joiner(WINDOWS, "fnw")
+    found: Labels = Counter()
     for event in [event for event in in_arrival_order(events) if event.arrival_time <= as_of]:
         part = [event]
         joined = joiner.process(*(arrivals_and_outcomes(part)), event.arrival_time)
@@ -166,7 +189,7 @@ def arrivals_and_outcomes(events: list[Event]) -> tuple[Arrivals, Outcomes, Outc
     return arrivals, outcomes_of(events, CLICK), outcomes_of(events, CONVERSION)
 
 
-def collect(joiner: Joiner, windows: tuple, found: Counter) -> None:
+def collect(joiner: Joiner, windows: tuple[Closed, Closed], found: Labels) -> None:
     for task, part in zip(TASKS, windows, strict=True):
         for name, label in zip(joiner.ids(part.slot), part.label.tolist(), strict=True):
             found[name, task, label] += 1

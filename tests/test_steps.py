@@ -52,7 +52,9 @@ def steps_of(rows: list[tuple[int, bool]], cuts: list[int], begins_at: int) -> t
     cuts=st.lists(st.integers(0, 60), max_size=6),
     begins_at=st.integers(0, 45),
 )
-def test_steps_do_not_depend_on_blocks_or_dead_letters(good, dead_at, cuts, begins_at) -> None:
+def test_steps_do_not_depend_on_blocks_or_dead_letters(
+    good: int, dead_at: list[int], cuts: list[int], begins_at: int
+) -> None:
     clean = [(time, False) for time in range(good)]
     dirty = sorted(clean + [(time, True) for time in dead_at])
     expected, _ = steps_of(clean, [], begins_at) if good else ([], 0)
