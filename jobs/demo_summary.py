@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.backtest_report import read_truth
-from jobs.checkpoint import CheckpointStore
+from jobs.checkpoint import Checkpoint, CheckpointStore
 from jobs.drift import drift_document
 from jobs.evaluation import Evaluation, evaluate
 from jobs.predictions import PredictionLog
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["print_summary", "review"]
 
+_CONSISTENCY = ("rows", "max_abs_delta_logit", "p99_abs_delta_logit")
 _PREDICTORS = ("student", "student_uncalibrated", "teacher", "stale")
 
 
@@ -39,47 +40,20 @@ def review(
     stages: StageLog,
 ) -> tuple[dict[str, Any], Evaluation]:
     """Write every document of the run folder and the report; returns summary and judged predictions."""
-    import pyarrow.parquet as pq
-
     from jobs.report import write_report
-    from pipelines.feature_spec import FeatureSpec
 
     checkpoint = CheckpointStore(out / "worker").load()
     if checkpoint is None:
         raise StaleStateError(f"the worker has committed nothing in {out / 'worker'}.")
-    predictions = PredictionLog(out / "worker" / "predictions").read(checkpoint.manifest["outputs"])
-    pq.write_table(predictions, out / "predictions.parquet", compression="zstd")
-    evaluation = evaluate(
-        predictions, files.tables, config.attribution, truth=read_truth(files.folder), warm_up_until=begins_at
-    )
-    evaluation.write(out)
-    times = files.impressions.column("event_time").to_numpy()
-    spec = FeatureSpec.read(out / "feature_spec.toml")
-    drift = drift_document(
-        files.tables,
-        spec,
-        reference=(int(times.min()), begins_at),
-        current=(int(times.max()) - (int(times.max()) - begins_at) // 2, int(times.max()) + 1),
-        attribution=config.attribution,
-    )
+    evaluation = _judged(out, config, files, begins_at, checkpoint)
     accounting = _accounting(checkpoint.plain, files.rows)
     summary = {
         "stages": dict(stages.seconds),
         "rows": {"read": accounting["total_read"], "in_log": files.rows, **accounting["by_class"]},
-        "recovery": {
-            "exact": recovery.exact,
-            "digest": recovery.digest,
-            "reference_digest": recovery.reference_digest,
-            "killed_at_step": recovery.killed_at_step,
-            "steps": recovery.steps,
-        },
+        "recovery": _recovery(recovery),
         "quality": _quality(evaluation),
         "freshness_s": _freshness(live.freshness),
-        "consistency": {
-            "rows": live.consistency["rows"],
-            "max_abs_delta_logit": live.consistency["max_abs_delta_logit"],
-            "p99_abs_delta_logit": live.consistency["p99_abs_delta_logit"],
-        },
+        "consistency": {name: live.consistency[name] for name in _CONSISTENCY},
         "links": {
             "report": str(out / "report.html"),
             "mlflow": tracking.uri,
@@ -87,7 +61,7 @@ def review(
         },
     }
     for name, document in (
-        ("drift", drift),
+        ("drift", _drift(out, config, files, begins_at)),
         ("accounting", accounting),
         ("freshness", live.freshness),
         ("consistency", live.consistency),
@@ -97,6 +71,46 @@ def review(
     write_report(out)
     summary["links"]["review run"] = _track(out, config, evaluation, summary)
     return summary, evaluation
+
+
+def _judged(
+    out: Path, config: Config, files: EventFiles, begins_at: int, checkpoint: Checkpoint
+) -> Evaluation:
+    """What the worker has committed as ``predictions.parquet``, judged by the log."""
+    import pyarrow.parquet as pq
+
+    predictions = PredictionLog(out / "worker" / "predictions").read(checkpoint.manifest["outputs"])
+    pq.write_table(predictions, out / "predictions.parquet", compression="zstd")
+    evaluation = evaluate(
+        predictions, files.tables, config.attribution, truth=read_truth(files.folder), warm_up_until=begins_at
+    )
+    evaluation.write(out)
+    return evaluation
+
+
+def _drift(out: Path, config: Config, files: EventFiles, begins_at: int) -> dict[str, Any]:
+    """The later half of the online part against the warm-up."""
+    from pipelines.feature_spec import FeatureSpec
+
+    times = files.impressions.column("event_time").to_numpy()
+    first, last = int(times.min()), int(times.max())
+    return drift_document(
+        files.tables,
+        FeatureSpec.read(out / "feature_spec.toml"),
+        reference=(first, begins_at),
+        current=(last - (last - begins_at) // 2, last + 1),
+        attribution=config.attribution,
+    )
+
+
+def _recovery(recovery: Recovery) -> dict[str, Any]:
+    return {
+        "exact": recovery.exact,
+        "digest": recovery.digest,
+        "reference_digest": recovery.reference_digest,
+        "killed_at_step": recovery.killed_at_step,
+        "steps": recovery.steps,
+    }
 
 
 def _accounting(plain: dict[str, Any], in_log: int) -> dict[str, Any]:

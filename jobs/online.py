@@ -97,16 +97,16 @@ class OnlineLoop:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.tasks: tuple[Task, ...] = ()
-        self.students: dict[str, Student] = {}
-        self.calibrators: dict[str, CalibrationChain] = {}
-        self.late_share: dict[str, float] = {}
+        self.students: dict[Task, Student] = {}
+        self.calibrators: dict[Task, CalibrationChain] = {}
+        self.late_share: dict[Task, float] = {}
         self.joiner = Joiner(
             config.attribution,
             (config.policy("click"), config.policy("conversion")),
             observation=(config.observation("click"), config.observation("conversion")),
             traffic_ratio=config.labels.traffic_ratio,
         )
-        self.replay: dict[str, ReplayBuffer] = {
+        self.replay: dict[Task, ReplayBuffer] = {
             task: ReplayBuffer(config.replay.rows_per_hour, config.student.seed + index)
             for index, task in enumerate(config.labels.tasks)
         }
@@ -141,9 +141,9 @@ class OnlineLoop:
     def begin(
         self,
         students: Mapping[Task, Student],
-        calibrators: Mapping[str, CalibrationChain],
-        teachers: Mapping[str, Teacher],
-        late_share: Mapping[str, float] | None = None,
+        calibrators: Mapping[Task, CalibrationChain],
+        teachers: Mapping[Task, Teacher],
+        late_share: Mapping[Task, float] | None = None,
     ) -> None:
         """End the warm-up: from the next step on, predict and learn.
 
@@ -257,7 +257,7 @@ class OnlineLoop:
                 own.refit()
             self.refitted_hour = self.clock // HOUR_MS
 
-    def _remember(self, task: str, examples: Examples) -> None:
+    def _remember(self, task: Task, examples: Examples) -> None:
         features = self.joiner.features
         if len(examples) == 0 or self.config.replay.ratio == 0:
             return

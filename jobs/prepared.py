@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.config import Task
 from pipelines.events import CLICK, CONVERSION, DEAD_LETTER, IMPRESSION, DeadLetter, EventBlock
 from pipelines.feature_spec import FeatureSpec
 from pipelines.features import Encoded, encode
@@ -38,11 +39,11 @@ class Teacher(Protocol):
 class FrozenModels:
     """What is asked about every impression and never learns, by task, in the order of the loop's tasks."""
 
-    teachers: Mapping[str, Teacher] = field(default_factory=dict)
-    stale: Mapping[str, Teacher] = field(default_factory=dict)
+    teachers: Mapping[Task, Teacher] = field(default_factory=dict)
+    stale: Mapping[Task, Teacher] = field(default_factory=dict)
 
     @staticmethod
-    def ask(models: Mapping[str, Teacher], features: Encoded) -> NDArray[np.float64]:
+    def ask(models: Mapping[Task, Teacher], features: Encoded) -> NDArray[np.float64]:
         """Calibrated logits, (n, tasks)."""
         logit = np.full((len(features), len(models)), np.nan)
         if len(features):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from calibration.chain import CalibrationChain
 from jobs.online import OnlineLoop
 from jobs.prepared import FrozenModels, Teacher
 from jobs.release import Release, TaskFiles, point, release_name, write_release
+from jobs.release_manifest import ModelKind
 from jobs.training import TaskModels
 from models.base import Model
 from models.student import Student
@@ -58,11 +59,11 @@ class FirstReleases:
         return config.model_copy(update={"labels": settled.labels})
 
     @property
-    def late_share(self) -> dict[str, float]:
+    def late_share(self) -> dict[Task, float]:
         """By task, the share of the outcomes that come after the observation window."""
         return {task: float(share) for task, share in self.student.manifest.extra["late_share"].items()}
 
-    def teachers(self) -> dict[str, Teacher]:
+    def teachers(self) -> dict[Task, Teacher]:
         """The teacher of each task."""
         return {
             task: CalibratedTeacher(model, self.teacher.calibrators[task])
@@ -71,17 +72,17 @@ class FirstReleases:
 
     def frozen(self) -> FrozenModels:
         """The teachers, and the first students as they were before they learned online."""
-        stale: dict[str, Teacher] = {
+        stale: dict[Task, Teacher] = {
             task: CalibratedTeacher(model, self.student.calibrators[task])
             for task, model in self.student.models.items()
         }
         return FrozenModels(self.teachers(), stale)
 
-    def calibrators(self) -> dict[str, CalibrationChain]:
+    def calibrators(self) -> dict[Task, CalibrationChain]:
         """Fresh copies of the first students' calibrators."""
         return {task: chain.copy() for task, chain in self.student.calibrators.items()}
 
-    def students(self) -> dict[str, Student]:
+    def students(self) -> dict[Task, Student]:
         """Fresh students with the release's weights."""
         loaded = Release.load(self.student.path).models
         return {task: model for task, model in loaded.items() if isinstance(model, Student)}
@@ -89,7 +90,7 @@ class FirstReleases:
 
 def write_first(
     root: Path,
-    models: Mapping[str, TaskModels],
+    models: Mapping[Task, TaskModels],
     spec: FeatureSpec,
     config: Config,
     segments: tuple[str, ...],
@@ -97,7 +98,7 @@ def write_first(
     warm_up_until: int,
     rows: int,
     figures: Mapping[str, Any],
-    late_share: Mapping[str, float],
+    late_share: Mapping[Task, float],
 ) -> FirstReleases:
     """Write the teacher's and the first student's release and point ``teacher`` and ``CURRENT`` at them."""
     common: dict[str, Any] = {
@@ -118,31 +119,29 @@ def write_first(
         root,
         kind="teacher",
         parent=None,
-        tasks={
-            cast(Task, task): TaskFiles(
-                "student" if isinstance(one.teacher, Student) else "gbdt",
-                one.teacher.to_files(),
-                one.teacher_calibrator.state(),
-            )
-            for task, one in models.items()
-        },
+        tasks={task: _teacher_files(one) for task, one in models.items()},
         **common,
     )
     student = write_release(
         root,
         kind="student",
         parent=teacher.name,
-        tasks={
-            cast(Task, task): TaskFiles(
-                "student", one.student.to_files(slots=True), one.student_calibrator.state()
-            )
-            for task, one in models.items()
-        },
+        tasks={task: _student_files(one) for task, one in models.items()},
         **common,
     )
     point(root, "teacher", teacher.name, rollback=True)
     point(root, "CURRENT", student.name, rollback=True)
     return FirstReleases(Release.load(teacher), Release.load(student))
+
+
+def _teacher_files(models: TaskModels) -> TaskFiles:
+    kind: ModelKind = "student" if isinstance(models.teacher, Student) else "gbdt"
+    return TaskFiles(kind, models.teacher.to_files(), models.teacher_calibrator.state())
+
+
+def _student_files(models: TaskModels) -> TaskFiles:
+    # With the optimizer's slots: online learning goes on from here.
+    return TaskFiles("student", models.student.to_files(slots=True), models.student_calibrator.state())
 
 
 def load_first(root: Path) -> FirstReleases:
@@ -176,7 +175,7 @@ def publish_student(
         config_toml=first.student.config_toml,
         segments=first.student.segments,
         tasks={
-            cast(Task, task): TaskFiles("student", student.to_files(), loop.calibrators[task].state())
+            task: TaskFiles("student", student.to_files(), loop.calibrators[task].state())
             for task, student in loop.students.items()
         },
         last_event_time=loop.last_event_time,

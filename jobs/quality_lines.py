@@ -28,7 +28,9 @@ def quality_tables(evaluation: Evaluation) -> Iterator[Table]:
         figures = evaluation.metrics[task]
         judged_on = figures["judged_on"]
         judged = figures["by_maturity"][judged_on]
-        support = f"{judged['student']['rows']:,} {judged_on} rows, {judged['student']['positives']:,} positives"
+        support = (
+            f"{judged['student']['rows']:,} {judged_on} rows, {judged['student']['positives']:,} positives"
+        )
         table = Table(title=f"{task}: {support}", title_justify="left")
         table.add_column("predictor")
         for name in ("log loss", "NE", "AUC", "GAUC", "PCOC", "regret"):

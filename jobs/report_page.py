@@ -31,13 +31,16 @@ from jobs.report_operations import (
     timing_section,
 )
 from jobs.report_quality import task_section
-from jobs.report_run import RunFolder
+from jobs.report_run import TASKS, RunFolder
 from jobs.report_verdicts import judged_figures, run_verdicts, slowest_stage
 from monitoring.verdicts import Verdict, overall_status
+from pipelines.duration import DAY_MS, HOUR_MS, MINUTE_MS, parse_duration
 
 __all__ = ["Headline", "render", "sections"]
 
 _DIGEST_DIGITS = 16
+# Label policies whose first row waits for the observation window.
+_OBSERVING = ("vanilla", "esdfm")
 
 
 @dataclass(frozen=True)
@@ -234,11 +237,39 @@ def _config_facts(config: dict[str, Any]) -> list[tuple[str, Cell]]:
     online = "updated online" if calibration.get("online") else "not updated online"
     return [
         ("Warm-up", Cell(f"{section('backtest').get('warmup')} of the log trains the first models")),
-        ("Label policy", Cell(str(section("labels").get("policy")))),
+        ("Label policy", Cell(_label_policy(section("labels"), section("attribution")))),
         ("Teacher", Cell(str(section("teacher").get("model")))),
         ("Student", Cell(f"{student.get('model')}, {' and '.join(frozen)} frozen online")),
         ("Calibration", Cell(f"{calibration.get('method')}, {online}")),
     ]
+
+
+def _label_policy(labels: dict[str, Any], attribution: dict[str, Any]) -> str:
+    """The policy of each task, and how long its first row waits where it does."""
+    common = labels.get("policy")
+    own = {task: labels.get(task, {}) for task in labels.get("tasks", TASKS)}
+    if not any("policy" in one for one in own.values()):
+        return str(common)
+    parts = []
+    for task, one in own.items():
+        policy = one.get("policy", common)
+        window = one.get("observation_window", attribution.get("observation_window"))
+        waits = policy in _OBSERVING and window is not None
+        parts.append(f"{task} {policy}" + (f", first row after {_duration(window)}" if waits else ""))
+    settled = " (settled from the delays)" if common == "auto" else ""
+    return "; ".join(parts) + settled
+
+
+def _duration(text: str) -> str:
+    """A duration of the config in units a reader need not convert: ``1213m`` is ``20h 13m``."""
+    left, parts = parse_duration(text), []
+    for unit, width in (("d", DAY_MS), ("h", HOUR_MS), ("m", MINUTE_MS)):
+        if left >= width:
+            parts.append(f"{left // width}{unit}")
+            left %= width
+    if left or not parts:
+        parts.append(f"{left / 1000:g}s")
+    return " ".join(parts)
 
 
 def _unjudged(run: RunFolder) -> list[Section]:

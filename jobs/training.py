@@ -14,7 +14,7 @@ from jobs.first_calibration import fit_first_calibrator
 from jobs.held_out import base_rate_of, enough_of_both, figures, informative, progressive_logit, split_in_time
 from models.gbdt import GbdtModel
 from models.student import Student
-from pipelines.config import Config
+from pipelines.config import Config, Task
 from pipelines.errors import DataError
 from pipelines.feature_spec import FeatureSpec
 from pipelines.training_set import TrainingSet
@@ -50,12 +50,12 @@ class TaskModels:
 class Trained:
     """Models by task, and for tasks that cannot be trained the reason."""
 
-    models: dict[str, TaskModels]
+    models: dict[Task, TaskModels]
     skipped: dict[str, str]
 
 
 def train_models(
-    sets: Mapping[str, TrainingSet],
+    sets: Mapping[Task, TrainingSet],
     spec: FeatureSpec,
     config: Config,
     *,
@@ -103,7 +103,7 @@ def train_models(
     DataError
         If the segments are not the columns of ``segment_key``.
     """
-    models: dict[str, TaskModels] = {}
+    models: dict[Task, TaskModels] = {}
     skipped: dict[str, str] = {}
     for task, rows in sets.items():
         names = _segment_names(rows, config, segments)
@@ -122,7 +122,7 @@ def train_models(
 
 
 def _train_task(
-    task: str,
+    task: Task,
     rows: TrainingSet,
     train: TrainingSet,
     held_out: TrainingSet,
@@ -199,7 +199,7 @@ def _summary(
     return {**found, "calibration": calibrator.method}
 
 
-def _label_delay(task: str, train: TrainingSet, config: Config) -> int:
+def _label_delay(task: Task, train: TrainingSet, config: Config) -> int:
     """Milliseconds after which an outcome is taken as known.
 
     The window of the task; but at most an eighth of the training span, or a window as long as the log would

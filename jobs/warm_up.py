@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.online import OnlineLoop, StepResult
+from pipelines.config import Task
 from pipelines.delay import DelayCurve
 from pipelines.joined import Closed
 from pipelines.joiner import TASKS
@@ -31,8 +32,8 @@ class WarmUp:
 
     def __init__(self, loop: OnlineLoop) -> None:
         self.loop = loop
-        self._rows: dict[str, list[dict[str, NDArray[Any]]]] = {task: [] for task in loop.replay}
-        self.late_share: dict[str, float] = {}
+        self._rows: dict[Task, list[dict[str, NDArray[Any]]]] = {task: [] for task in loop.replay}
+        self.late_share: dict[Task, float] = {}
 
     def add(self, result: StepResult) -> None:
         """Keep the windows that one step has closed."""
@@ -41,9 +42,9 @@ class WarmUp:
             if len(closed):
                 parts.append(self._columns(closed, mature=True))
 
-    def training_sets(self) -> dict[str, TrainingSet]:
+    def training_sets(self) -> dict[Task, TrainingSet]:
         """The rows of each task, by time of opening. Tasks without a row are left out."""
-        sets = {}
+        sets: dict[Task, TrainingSet] = {}
         for task, parts in self._rows.items():
             still_open = self.loop.joiner.open_windows(TASKS.index(task))
             if len(still_open):
@@ -66,7 +67,7 @@ class WarmUp:
             "mature": np.full(len(windows), mature),
         }
 
-    def _labelled(self, task: str, columns: dict[str, NDArray[Any]]) -> TrainingSet:
+    def _labelled(self, task: Task, columns: dict[str, NDArray[Any]]) -> TrainingSet:
         order = np.argsort(columns["event_time"], kind="stable")
         columns = {name: values[order] for name, values in columns.items()}
         attribution = self.loop.config.attribution

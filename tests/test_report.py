@@ -278,6 +278,21 @@ def test_before_any_window_has_closed_the_page_says_that_labels_are_provisional(
     assert "by provisional labels: no window has closed yet" in text_of(render(RunFolder.read(tmp_path)))
 
 
+def test_label_policies_that_training_settled_are_said_for_each_task(folder: Path) -> None:
+    config = folder / "config.toml"
+    assert "Label policy auto" in text_of(render(RunFolder.read(folder)))
+    config.write_text(
+        config.read_text(encoding="utf-8")
+        .replace("[labels.click]", '[labels.click]\npolicy = "fnw"')
+        .replace(
+            "[labels.conversion]", '[labels.conversion]\npolicy = "esdfm"\nobservation_window = "1213m"'
+        ),
+        encoding="utf-8",
+    )
+    said = "click fnw; conversion esdfm, first row after 20h 13m (settled from the delays)"
+    assert said in text_of(render(RunFolder.read(folder)))
+
+
 def test_time_bins_add_rows_losses_and_predictions_of_neighbouring_hours() -> None:
     hours = 200
     rng = np.random.default_rng(0)

@@ -22,7 +22,7 @@ from jobs.training import Trained, train_models
 from models.base import sigmoid
 from models.gbdt import GbdtModel
 from models.student import Student
-from pipelines.config import Config, load_config
+from pipelines.config import Config, Task, load_config
 from pipelines.errors import DataError
 from pipelines.feature_spec import Categorical, FeatureSpec, Numeric
 from pipelines.training_set import TrainingSet
@@ -164,7 +164,7 @@ def test_task_with_too_few_of_a_class_is_skipped_with_the_reason(kept: float, mi
     rows = world(2_000, 1)[0]
     label = np.full(2_000, kept, np.float32)
     label[:: 2_000 // 19 + 1] = 1.0 - kept
-    sets = {"click": world(3_000, 3)[0], "conversion": replace(rows, label=label)}
+    sets: dict[Task, TrainingSet] = {"click": world(3_000, 3)[0], "conversion": replace(rows, label=label)}
     result = train_models(sets, SPEC, CONFIG)
     assert list(result.models) == ["click"]
     assert missing in result.skipped["conversion"]
