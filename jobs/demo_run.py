@@ -135,7 +135,7 @@ def _samples(out: Path, config: Config, split: _Split, stages: StageLog, say: An
     from jobs.jars import resolve
     from jobs.samples_build import build
     from jobs.samples_ingest import ingest
-    from pipelines.spark_session import spark_session
+    from pipelines.spark_session import spark_session, stop_spark
 
     jars = sorted(resolve("spark-kafka").glob("*.jar"))
     spark = spark_session("ctrstream-demo", jars=jars)
@@ -147,7 +147,7 @@ def _samples(out: Path, config: Config, split: _Split, stages: StageLog, say: An
         window = math.ceil((split.begins_at - split.first_time) / HOUR_MS) * HOUR_MS
         return build(spark, out / "lake", out / "snapshots", split.begins_at - 1, window, config)
     finally:
-        spark.stop()
+        stop_spark(spark)
 
 
 def _train(out: Path, snapshot: Path, config: Config) -> None:

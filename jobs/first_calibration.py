@@ -19,6 +19,9 @@ __all__ = ["fit_first_calibrator"]
 _LARGEST_CHANGE = 1e-4
 _MAXIMUM_STEPS = 50
 _LARGEST_SHIFT = 30.0
+# The line starts from a fitted base, so it is known better than one that starts from nothing: with wider
+# deviations the first few hundred outcomes of a rare task move it by more than they know.
+_ONLINE = OnlineConfig(intercept_deviation=0.1, slope_deviation=0.03)
 
 
 def fit_first_calibrator(
@@ -61,7 +64,7 @@ def fit_first_calibrator(
         label,
         weight,
         method=method,
-        online=OnlineConfig() if online else None,
+        online=_ONLINE if online else None,
         segments=SegmentConfig(segments) if segments else None,
         segment_keys=rows.segment_key if segments and method != "none" else None,
     )

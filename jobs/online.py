@@ -147,8 +147,10 @@ class OnlineLoop:
     ) -> None:
         """End the warm-up: from the next step on, predict and learn.
 
-        Impressions whose windows are open are predicted now, so that outcomes that are still to come
-        count as they would have, had the models been there when the impression arrived.
+        Impressions whose windows are open were learned from, so a prediction of them is no progressive one
+        and is not calibrated on. One exception: under ``fnw`` and ``fnc`` their negatives have been said
+        during the warm-up and their positives are still to come; without these the calibrator would hear too
+        few positives until the window of the first impression has closed.
 
         ``late_share`` is, by task, the share of the outcomes that come after the observation window (policy
         ``esdfm``; 1 where it is not known).
@@ -166,9 +168,8 @@ class OnlineLoop:
         for name in ("teacher_logit", "logit", "probability"):
             features[name] = np.full((len(features["buckets"]), len(self.tasks)), np.nan, np.float32)
         for column, task in enumerate(self.tasks if len(slots) else ()):
-            logit = students[task].predict_logit(buckets, numbers)
-            features["logit"][slots, column] = logit
-            features["probability"][slots, column] = calibrators[task].transform(logit, keys)
+            if self.config.policy(task) in ("fnw", "fnc"):
+                features["logit"][slots, column] = students[task].predict_logit(buckets, numbers)
             features["teacher_logit"][slots, column] = teachers[task].calibrated_logit(buckets, numbers, keys)
 
     def _predict(self, events: StepEvents) -> Predicted:
