@@ -218,6 +218,8 @@ class Joiner:
             self._count_repeats(CONVERSION, part, slot, repeated, step)
             unheard = repeated & (windows.label[slot] == 1)
             if unheard.any():
+                # The label stays, but a retraction that happened before this assertion is void.
+                windows.assert_again(slot[unheard], part.event_time[unheard])
                 rows = np.flatnonzero(~unheard)
                 part, slot, known, repeated = part.take(rows), slot[rows], known[rows], repeated[rows]
             if len(slot) == 0:
@@ -227,7 +229,7 @@ class Joiner:
             step.count(CONVERSION, "pending", int(counted.sum()))
             for emission in windows.outcome(slot, part.event_time, known, part.positive, part.event_hash):
                 step.tell(CONVERSION_TASK, emission)
-            windows.unsaid[slot[repeated]] = 0
+            windows.unsaid[slot[repeated]] -= 1
 
     def _rounds(self, kind: int, outcomes: Outcomes, step: StepLog) -> Iterator[tuple[Outcomes, Ints, Ints]]:
         """Outcomes inside their windows, in rounds that name no slot twice, with slot and known time."""

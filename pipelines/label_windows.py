@@ -157,6 +157,10 @@ class LabelWindows:
             emissions.append(Emission.of(slot[tell], known[tell], POSITIVE, 1))
         return emissions
 
+    def assert_again(self, slot: Ints, event_time: Ints) -> None:
+        """Another assertion of windows whose label is 1, at most one a slot."""
+        self.outcome_time[slot] = np.maximum(self.outcome_time[slot], event_time)
+
     def due(self, clock: int) -> Emission:
         """First rows whose waiting time has passed (policies ``vanilla`` and ``esdfm``)."""
         slot, due = self._waiting.pop(clock)
