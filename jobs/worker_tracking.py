@@ -34,7 +34,11 @@ class WorkerTracking:
         self._outbox = TrackingOutbox(
             state / "outbox", tracking.uri, tracking.experiment, tracking.registered_model
         )
-        self._run = self._outbox.run(f"worker {state.name}", {"job": "stream"}, key=f"worker/{state.name}")
+        self._run = self._outbox.run(
+            f"online worker {state.resolve().parent.name}/{state.name}",
+            {"job": "stream"},
+            key=f"worker/{state.name}",
+        )
         self._run.log_params(config.model_dump(mode="json"))
         self._logged_rows: dict[tuple[str, int, str], int] = {}
 
