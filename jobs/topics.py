@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipelines.errors import SetupError, TransientError
 
 _CONNECT_TIMEOUT_MS = 20_000
 _PROBE_TIMEOUT_MS = 5_000
+_CREATED_TIMEOUT_S = 10.0
 
 
 @contextmanager
@@ -96,10 +98,20 @@ def ensure_topics(
             with suppress(TopicAlreadyExistsError):
                 admin.create_topics({name: {"num_partitions": partitions[name]} for name in missing})
         admin.wait_for_topics(sorted(partitions))
-        for topic in admin.describe_topics(sorted(partitions)):
-            name, found = topic["name"], len(topic["partitions"])
+        for name, found in _partition_counts(admin, partitions, set(missing)).items():
             if found != partitions[name]:
                 raise SetupError(
                     f"expected topic {name} with {partitions[name]} partitions. It has {found}.",
                     hint=f"set kafka.partitions={found}, or use other topic names",
                 )
+
+
+def _partition_counts(admin: Any, wanted: Mapping[str, int], created: Set[str]) -> dict[str, int]:
+    """Partitions of each topic; one just made is waited for: brokers hear of its partitions one by one."""
+    deadline = time.monotonic() + _CREATED_TIMEOUT_S
+    while True:
+        topics = admin.describe_topics(sorted(wanted))
+        counts = {str(topic["name"]): len(topic["partitions"]) for topic in topics}
+        if all(counts[name] == wanted[name] for name in created) or time.monotonic() > deadline:
+            return counts
+        time.sleep(0.05)

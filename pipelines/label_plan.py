@@ -35,7 +35,7 @@ def settle_labels(config: Config, curves: Mapping[Task, DelayCurve]) -> Config:
     >>> curve = DelayCurve.fit(hours, np.full(100, 36_000_000.0))
     >>> labels = settle_labels(Config(), {"conversion": curve}).labels
     >>> labels.click.policy, labels.conversion.policy, labels.conversion.observation_window
-    ('fnw', 'esdfm', 32460000)
+    ('fnw', 'esdfm', 32760000)
     """
     if config.labels.policy != "auto":
         return config

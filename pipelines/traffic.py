@@ -42,8 +42,10 @@ class TrafficRate:
             return
         elapsed = max(0, clock - self.clock)
         decay = math.exp(-elapsed / _HORIZON_MS)
-        self.total = self.total * decay + n
-        self.weight = self.weight * decay + _HORIZON_MS * (1.0 - decay)
+        gained = _HORIZON_MS * (1.0 - decay)
+        # The arrivals are taken as spread evenly over the time since the last update.
+        self.total = self.total * decay + (n * gained / elapsed if elapsed else n)
+        self.weight = self.weight * decay + gained
         self.clock = max(self.clock, clock)
 
     @property

@@ -83,7 +83,7 @@ def test_fnc_gradient_is_cross_entropy_of_q_after_the_substitution(label: float)
         assert closed == pytest.approx(numeric, rel=1e-6)
 
 
-@pytest.mark.parametrize("policy", ["wait", "vanilla", "fnw", "fnc"])
+@pytest.mark.parametrize("policy", ["wait", "vanilla", "esdfm", "fnw", "fnc"])
 def test_distillation_is_at_rest_at_the_probability_of_the_teacher(policy: str) -> None:
     probability = np.array([0.2, 0.3, 0.4])
     gradient = distillation_gradient(policy, probability, np.full(3, 0.3))
@@ -91,9 +91,25 @@ def test_distillation_is_at_rest_at_the_probability_of_the_teacher(policy: str) 
     assert gradient[1] == pytest.approx(0.0, abs=1e-15)
 
 
+@pytest.mark.parametrize("late_share", [0.0, 0.2, 1.0])
+@pytest.mark.parametrize("truth", [0.02, 0.228, 0.6])
+def test_esdfm_is_at_rest_at_the_true_probability_whatever_share_comes_late(
+    truth: float, late_share: float
+) -> None:
+    # Of one window: a first row, positive if the outcome came in time, and a second one if it came late.
+    in_time, late = truth * (1.0 - late_share), truth * late_share
+    predicted = np.linspace(0.001, 0.999, 9_981)
+    positive = policy_gradient("esdfm", np.ones(len(predicted)), predicted, late_share)
+    negative = policy_gradient("esdfm", np.zeros(len(predicted)), predicted, late_share)
+    expected = (in_time + late) * positive + (1.0 - in_time) * negative
+    rest = predicted[int(np.argmin(np.abs(expected)))]
+    assert rest == pytest.approx(truth, rel=0.01)
+    assert (expected[predicted < 0.9 * truth] < 0).all()
+
+
 def test_unknown_policy_is_refused() -> None:
-    with pytest.raises(ConfigError, match="esdfm"):
-        policy_weights("esdfm", np.zeros(1), np.zeros(1))
+    with pytest.raises(ConfigError, match="defer"):
+        policy_weights("defer", np.zeros(1), np.zeros(1))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9, 1.0])
