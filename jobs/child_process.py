@@ -15,6 +15,7 @@ import fcntl
 import json
 import logging
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -36,13 +37,28 @@ _TETHER = Path(__file__).with_name("tether.py")
 _POLL_S = 0.05
 # psutil derives the creation time from the boot time, which moves when the clock is set.
 _CREATION_TOLERANCE_S = 2.0
+# Above the well-known services, below the outgoing range of Linux (32768) and other systems (49152).
+_SERVER_PORTS = range(20_000, 32_000)
+_PORTS_TRIED = 50
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that nothing listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port that nothing listens on at the moment.
+
+    It lies below the range from which the system takes ports for outgoing connections, so that none of
+    those holds it while a server is down that means to come back on it.
+    """
+    drawn = random.SystemRandom().sample(_SERVER_PORTS, _PORTS_TRIED)
+    for port in drawn:
+        with socket.socket() as probe:
+            try:
+                probe.bind((host, port))
+            except OSError:
+                continue
+            return port
+    raise SetupError(
+        f"found no free port on {host} among {_PORTS_TRIED} tried.", hint="choose a port with --port"
+    )
 
 
 def check_port(port: int, host: str = "127.0.0.1") -> None:

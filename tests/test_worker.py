@@ -457,7 +457,7 @@ def test_rows_deleted_by_the_broker_before_they_were_read_are_a_gap_that_is_name
     from kafka import TopicPartition
 
     bootstrap_servers = produced.config.kafka.bootstrap_servers
-    config = with_topics(produced.config, bootstrap_servers, "deleted")
+    config = with_topics(produced.config, bootstrap_servers, "worker-deleted")
     files = produced.small_run.files
     half = (produced.small_run.warm_rows + files.rows) // 2
     produce(files, config, stop=half)
