@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.demo_live import LiveResult, run_live
-from jobs.demo_recovery import Recovery, run_recovery
+from jobs.demo_live import run_live
+from jobs.demo_recovery import run_recovery
 from jobs.stage_log import StageLog
 from pipelines.config import AttributionConfig, Config, KafkaConfig, TrackingConfig, dump_config
 from pipelines.duration import HOUR_MS
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["DemoPlan", "run_demo"]
 
 # Share of the log that trains the first models. Fewer than half: the online part is what is shown.
-_WARM_UP = "40%"
+_SIMULATED_WARM_UP = "40%"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class _Split:
 def run_demo(plan: DemoPlan, config: Config) -> tuple[dict[str, Any], Evaluation]:
     """Run all stages; returns the summary and the judged predictions."""
     from jobs.broker import Broker
+    from jobs.demo_summary import Judging, review
     from jobs.mlflow_server import TrackingServer
     from pipelines.event_files import EventFiles
 
@@ -76,13 +77,14 @@ def run_demo(plan: DemoPlan, config: Config) -> tuple[dict[str, Any], Evaluation
             snapshot = _samples(plan.out, config, split, stages, say)
         with stages("train teacher and first student"):
             tracking.wait_ready()
-            _train(plan.out, snapshot, config)
+            skipped = _train(plan.out, snapshot, config)
         with stages("learn online; kill the worker once, recover"):
             recovery = run_recovery(plan.out, split.backlog)
         with stages("serve while learning live"):
             live = run_live(plan.out, config, files, split.backlog, split.end, plan.live_rate)
         with stages("judge and report"):
-            summary, evaluation = _review(plan, config, files, split, recovery, live, tracking, stages)
+            judging = Judging(plan.out, config, files, split.begins_at, skipped)
+            summary, evaluation = review(judging, recovery, live, tracking, stages)
         summary["stages"] = stages.seconds
         if plan.keep:
             _keep(summary)
@@ -106,20 +108,20 @@ def _simulate(plan: DemoPlan, config: Config) -> tuple[Path, Config]:
             "attribution_window": simulation.config.attribution_window,
         }
     )
-    return folder, config.model_copy(update={"attribution": attribution})
+    backtest = config.backtest.model_copy(update={"warmup": _SIMULATED_WARM_UP})
+    return folder, config.model_copy(update={"attribution": attribution, "backtest": backtest})
 
 
 def _local(config: Config, bootstrap_servers: str, tracking_uri: str) -> Config:
     kafka = KafkaConfig(**{**config.kafka.model_dump(), "bootstrap_servers": bootstrap_servers})
     tracking = TrackingConfig(**{**config.tracking.model_dump(), "uri": tracking_uri})
-    backtest = config.backtest.model_copy(update={"warmup": _WARM_UP})
-    return config.model_copy(update={"kafka": kafka, "tracking": tracking, "backtest": backtest})
+    return config.model_copy(update={"kafka": kafka, "tracking": tracking})
 
 
 def _split(files: EventFiles, config: Config, plan: DemoPlan) -> _Split:
     from jobs.backtest import warm_up_end
 
-    begins_at, warm = warm_up_end(files, _WARM_UP)
+    begins_at, warm = warm_up_end(files, config.backtest.warmup)
     live = min(plan.live_rate * plan.live_seconds, (files.rows - warm) // 2)
     first = int(files.impressions.column("event_time").to_numpy().min())
     return _Split(begins_at, first, files.rows - live, files.rows)
@@ -150,30 +152,16 @@ def _samples(out: Path, config: Config, split: _Split, stages: StageLog, say: An
         stop_spark(spark)
 
 
-def _train(out: Path, snapshot: Path, config: Config) -> None:
+def _train(out: Path, snapshot: Path, config: Config) -> dict[str, str]:
+    """Train; returns the tasks that could not be trained, with the reason."""
     from jobs.train import train
 
-    first, _ = train(snapshot, out / "releases", config)
+    first, skipped = train(snapshot, out / "releases", config)
     shutil.copytree(out / "releases", out / "reference" / "releases")
     shutil.copy(first.student.path / "feature_spec.toml", out / "feature_spec.toml")
     # From here on the label policies are settled.
     (out / "config.toml").write_text(dump_config(first.settle(config)), encoding="utf-8")
-
-
-def _review(
-    plan: DemoPlan,
-    config: Config,
-    files: EventFiles,
-    split: _Split,
-    recovery: Recovery,
-    live: LiveResult,
-    tracking: Any,
-    stages: StageLog,
-) -> tuple[dict[str, Any], Evaluation]:
-    from jobs.demo_summary import review
-
-    summary, evaluation = review(plan.out, config, files, split.begins_at, recovery, live, tracking, stages)
-    return summary, evaluation
+    return skipped
 
 
 def _keep(summary: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,17 +24,25 @@ if TYPE_CHECKING:
     from pipelines.config import Config
     from pipelines.event_files import EventFiles
 
-__all__ = ["print_summary", "review"]
+__all__ = ["Judging", "print_summary", "review"]
 
 _CONSISTENCY = ("rows", "max_abs_delta_logit", "p99_abs_delta_logit")
 _PREDICTORS = ("student", "student_uncalibrated", "teacher", "stale")
 
 
+@dataclass(frozen=True)
+class Judging:
+    """What is judged: a run folder, its log, when online learning began (ms), and tasks without a model."""
+
+    out: Path
+    config: Config
+    files: EventFiles
+    begins_at: int
+    skipped: dict[str, str]
+
+
 def review(
-    out: Path,
-    config: Config,
-    files: EventFiles,
-    begins_at: int,
+    judging: Judging,
     recovery: Recovery,
     live: LiveResult,
     tracking: TrackingServer,
@@ -42,10 +51,11 @@ def review(
     """Write every document of the run folder and the report; returns summary and judged predictions."""
     from jobs.report import write_report
 
+    out, files = judging.out, judging.files
     checkpoint = CheckpointStore(out / "worker").load()
     if checkpoint is None:
         raise StaleStateError(f"the worker has committed nothing in {out / 'worker'}.")
-    evaluation = _judged(out, config, files, begins_at, checkpoint)
+    evaluation = _judged(judging, checkpoint)
     accounting = _accounting(checkpoint.plain, files.rows)
     summary = {
         "stages": dict(stages.seconds),
@@ -61,7 +71,7 @@ def review(
         },
     }
     for name, document in (
-        ("drift", _drift(out, config, files, begins_at)),
+        ("drift", _drift(out, judging.config, files, judging.begins_at)),
         ("accounting", accounting),
         ("freshness", live.freshness),
         ("consistency", live.consistency),
@@ -69,20 +79,24 @@ def review(
     ):
         (out / f"{name}.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     write_report(out)
-    summary["links"]["review run"] = _track(out, config, evaluation, summary)
+    summary["links"]["review run"] = _track(out, judging.config, evaluation, summary)
     return summary, evaluation
 
 
-def _judged(
-    out: Path, config: Config, files: EventFiles, begins_at: int, checkpoint: Checkpoint
-) -> Evaluation:
+def _judged(judging: Judging, checkpoint: Checkpoint) -> Evaluation:
     """What the worker has committed as ``predictions.parquet``, judged by the log."""
     import pyarrow.parquet as pq
 
+    out, files = judging.out, judging.files
     predictions = PredictionLog(out / "worker" / "predictions").read(checkpoint.manifest["outputs"])
     pq.write_table(predictions, out / "predictions.parquet", compression="zstd")
     evaluation = evaluate(
-        predictions, files.tables, config.attribution, truth=read_truth(files.folder), warm_up_until=begins_at
+        predictions,
+        files.tables,
+        judging.config.attribution,
+        truth=read_truth(files.folder),
+        warm_up_until=judging.begins_at,
+        skipped=judging.skipped,
     )
     evaluation.write(out)
     return evaluation
