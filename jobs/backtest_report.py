@@ -30,7 +30,7 @@ def finish_backtest(result: Backtest, files: EventFiles, config: Config, out: Pa
     truth = read_truth(files.folder)
     evaluation = judge(result, files, config, truth)
     evaluation.write(out)
-    drift = split_drift(files, result.first.student.spec, config, result.warm_up_until, result.predictions)
+    drift = split_drift(files, result.first.student.spec, config, result.warm_up_until)
     (out / "drift.json").write_text(json.dumps(drift, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     report = write_report(out)
     console = Console()
@@ -64,9 +64,7 @@ def read_truth(folder: Path) -> pa.Table | None:
     return pq.read_table(path) if path.exists() else None
 
 
-def split_drift(
-    files: EventFiles, spec: FeatureSpec, config: Config, warm_up_until: int, predictions: pa.Table
-) -> dict[str, Any]:
+def split_drift(files: EventFiles, spec: FeatureSpec, config: Config, warm_up_until: int) -> dict[str, Any]:
     """Drift of the last quarter of the log against the warm-up."""
     times = files.impressions.column("event_time").to_numpy()
     first, last = int(times.min()), int(times.max()) + 1
@@ -76,5 +74,4 @@ def split_drift(
         reference=(first, warm_up_until),
         current=(max(warm_up_until, last - (last - first) // 4), last),
         attribution=config.attribution,
-        predictions=None,
     )

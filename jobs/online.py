@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from calibration.chain import CalibrationChain
 from jobs.prepared import StepEvents, Teacher
 from jobs.progressive import ProgressiveQuality
-from models.base import sigmoid
 from models.losses import policy_weights
 from models.student import LearnBatch, Student
 from monitoring.accounting import Accounting
@@ -303,8 +302,3 @@ def _mini_batch(config: Config, rows: int) -> int:
     """Rows of each update: as even as possible and at most twice ``batch_rows``."""
     updates = max(1, round(rows / config.student.batch_rows))
     return -(-rows // updates)
-
-
-def uncalibrated_probability(logit: Floats) -> Floats:
-    """What the student would say without a calibrator."""
-    return sigmoid(logit)

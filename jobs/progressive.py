@@ -12,9 +12,7 @@ from monitoring.quality import QualitySums
 from pipelines.duration import HOUR_MS
 from pipelines.joined import Closed
 
-__all__ = ["PREDICTORS", "ProgressiveQuality"]
-
-PREDICTORS = ("student", "student_uncalibrated", "teacher")
+__all__ = ["ProgressiveQuality"]
 
 
 class ProgressiveQuality:
