@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from jobs.demo_live import run_live
 from jobs.demo_recovery import run_recovery
 from jobs.stage_log import StageLog
-from pipelines.config import AttributionConfig, Config, KafkaConfig, TrackingConfig, dump_config
+from pipelines.config import Config, dump_config
+from pipelines.config_sections import AttributionConfig, KafkaConfig, TrackingConfig
 from pipelines.duration import HOUR_MS
 
 if TYPE_CHECKING:

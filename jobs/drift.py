@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from numpy.typing import NDArray
 
-    from pipelines.config import AttributionConfig, Config
+    from pipelines.config import Config
+    from pipelines.config_sections import AttributionConfig
     from pipelines.feature_spec import FeatureSpec
     from pipelines.outcomes import Tables
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from jobs.evaluation import Evaluation
-    from pipelines.config import AttributionConfig, Config
+    from pipelines.config import Config
+    from pipelines.config_sections import AttributionConfig
 
 __all__ = ["check_truth_windows", "command", "read_table"]
 

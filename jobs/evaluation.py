@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from jobs.evaluation_figures import JudgedRows, task_figures, task_reliability
 from monitoring.inputs import key_codes
-from pipelines.config import AttributionConfig, Task
+from pipelines.config import Task
+from pipelines.config_sections import AttributionConfig
 from pipelines.errors import DataError
 from pipelines.events import IMPRESSION, TOPICS
 from pipelines.outcomes import NO_OUTCOME, Outcome, Tables, latest_arrival, outcomes_as_of

@@ -41,7 +41,7 @@ def infer_command(folder: Path, warmup: str, out: Path | None) -> None:
     with the reason, and listed in the spec.
     """
     from jobs.backtest import warm_up_end
-    from pipelines.config import BacktestConfig
+    from pipelines.config_sections import BacktestConfig
     from pipelines.errors import ConfigError, SetupError
     from pipelines.event_files import EventFiles
     from pipelines.inference import infer_spec

@@ -15,7 +15,8 @@ import click
 from jobs.options import UtcTime, bootstrap_option, config_options
 
 if TYPE_CHECKING:
-    from pipelines.config import Config, KafkaConfig
+    from pipelines.config import Config
+    from pipelines.config_sections import KafkaConfig
     from pipelines.event_files import EventFiles
 
 __all__ = ["ProduceReport", "command", "produce"]

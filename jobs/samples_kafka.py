@@ -12,7 +12,8 @@ from threading import Event, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from jobs.topics import answers
-from pipelines.config import KafkaConfig, resolve_secret
+from pipelines.config import resolve_secret
+from pipelines.config_sections import KafkaConfig
 from pipelines.errors import ConfigError, DataError, TransientError
 from pipelines.events import TOPICS
 from pipelines.lake import (

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from models.losses import cure_base_rate, cure_derivatives, cured_log_loss
 from models.target_encoding import TargetEncoding
-from pipelines.config import TeacherConfig
+from pipelines.config_sections import TeacherConfig
 from pipelines.errors import DataError, StaleStateError
 from pipelines.feature_spec import FeatureSpec
 from pipelines.training_set import TrainingSet

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipelines.config import StudentConfig
+from pipelines.config_sections import StudentConfig
 from pipelines.feature_spec import FeatureSpec
 
 __all__ = ["TABLES", "Layout", "forward", "initial_table", "initial_weights", "layer_of"]

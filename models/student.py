@@ -18,7 +18,7 @@ from models.learn_batch import LearnBatch
 from models.network import Layout, forward, initial_table, initial_weights, layer_of
 from models.optimizers import Adam, TableAdagrad
 from models.warm_up import WarmUp, warm_up
-from pipelines.config import StudentConfig
+from pipelines.config_sections import StudentConfig
 from pipelines.errors import StaleStateError
 from pipelines.feature_spec import FeatureSpec
 from pipelines.training_set import TrainingSet

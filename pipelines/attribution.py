@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from pipelines.config import AttributionConfig, Task
+from pipelines.config import Task
+from pipelines.config_sections import AttributionConfig
 from pipelines.events import CLICK, CONVERSION, IMPRESSION
 
 __all__ = ["Event", "Row", "rows"]

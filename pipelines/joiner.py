@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.config import AttributionConfig
+from pipelines.config_sections import AttributionConfig
 from pipelines.events import CLICK, CONVERSION, IMPRESSION
 from pipelines.joined import Arrivals, Closed, Examples, Joined, NegativeDelay, Outcomes, StepLog
 from pipelines.label_windows import FIRST, POSITIVE, Emission, LabelWindows

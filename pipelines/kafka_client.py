@@ -16,7 +16,8 @@ from kafka.errors import (
     UnsupportedSaslMechanismError,
 )
 
-from pipelines.config import KafkaConfig, resolve_secret
+from pipelines.config import resolve_secret
+from pipelines.config_sections import KafkaConfig
 from pipelines.duration import format_duration
 from pipelines.errors import ConfigError, CtrstreamError, SetupError, TransientError
 

@@ -9,7 +9,7 @@ from typing import Any
 from kafka import TopicPartition as KafkaTopicPartition
 from kafka.errors import KafkaError
 
-from pipelines.config import KafkaConfig
+from pipelines.config_sections import KafkaConfig
 from pipelines.cursor import Cursor, TopicPartition
 from pipelines.errors import SetupError, StaleStateError
 from pipelines.kafka_client import broker_error

@@ -17,7 +17,7 @@ from kafka import TopicPartition as KafkaTopicPartition
 from kafka.errors import KafkaError, OffsetOutOfRangeError
 from numpy.typing import NDArray
 
-from pipelines.config import KafkaConfig
+from pipelines.config_sections import KafkaConfig
 from pipelines.cursor import Cursor, Place
 from pipelines.dead_letters import publish
 from pipelines.errors import TransientError

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipelines.config import Config, Task, TaskLabelsConfig
+from pipelines.config import Config, Task
+from pipelines.config_sections import TaskLabelsConfig
 from pipelines.delay import DelayCurve
 from pipelines.duration import HOUR_MS, MINUTE_MS
 

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pipelines.config import AttributionConfig, Task
+from pipelines.config import Task
+from pipelines.config_sections import AttributionConfig
 from pipelines.events import CLICK, CONVERSION, IMPRESSION
 
 __all__ = ["NO_OUTCOME", "Outcome", "latest_arrival", "outcomes_as_of"]
@@ -111,7 +112,7 @@ def outcomes_as_of(tables: Tables, attribution: AttributionConfig, as_of: int) -
 
     Examples
     --------
-    >>> from pipelines.config import AttributionConfig
+    from pipelines.config_sections import AttributionConfig
     >>> ids = {"event_id": ["i", "j"], "impression_id": ["i", "j"]}
     >>> shown = pa.table(ids | {"event_time": [0, 0], "arrival_time": [0, 0]})
     >>> clicked = pa.table(

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from pyspark.sql import Window
 from pyspark.sql import functions as F
 
-from pipelines.config import AttributionConfig, Task
+from pipelines.config import Task
+from pipelines.config_sections import AttributionConfig
 from pipelines.delay import DelayGrid
 
 if TYPE_CHECKING:

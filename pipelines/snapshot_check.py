@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.config import AttributionConfig, Task
+from pipelines.config import Task
+from pipelines.config_sections import AttributionConfig
 from pipelines.errors import DataError
 from pipelines.snapshot import SnapshotManifest, read_manifest, read_rows, verify_files
 

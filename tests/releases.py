@@ -13,7 +13,8 @@ from calibration.segments import SegmentConfig
 from jobs.release import TaskFiles, write_release
 from jobs.release_manifest import Kind
 from models.student import LearnBatch, Student
-from pipelines.config import Config, StudentConfig, dump_config
+from pipelines.config import Config, dump_config
+from pipelines.config_sections import StudentConfig
 from pipelines.feature_spec import Categorical, Cross, FeatureSpec, Hour, Numeric, Sequence
 from pipelines.features import encode_rows
 

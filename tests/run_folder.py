@@ -22,7 +22,8 @@ from jobs.evaluation import Evaluation, evaluate
 from monitoring.accounting import Accounting
 from monitoring.consistency import consistency
 from monitoring.freshness import LatencyHistogram
-from pipelines.config import AttributionConfig, Config, dump_config
+from pipelines.config import Config, dump_config
+from pipelines.config_sections import AttributionConfig
 from pipelines.duration import HOUR_MS
 from pipelines.events import KINDS
 from pipelines.hashing import hash_column

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from jobs.cli import cli
 from jobs.drift import drift_between, drift_document, drift_of_labels, drift_of_predictions
-from pipelines.config import AttributionConfig
+from pipelines.config_sections import AttributionConfig
 from pipelines.duration import DAY_MS, HOUR_MS
 from pipelines.errors import DataError
 from pipelines.feature_spec import Categorical, FeatureSpec, Numeric, Sequence

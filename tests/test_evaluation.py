@@ -19,7 +19,7 @@ from jobs.cli import cli
 from jobs.evaluation import evaluate
 from jobs.evaluation_figures import JudgedRows, timeline
 from pipelines.attribution import Event, rows
-from pipelines.config import AttributionConfig
+from pipelines.config_sections import AttributionConfig
 from pipelines.duration import DAY_MS, HOUR_MS
 from pipelines.errors import DataError
 from pipelines.events import CLICK, CONVERSION, IMPRESSION

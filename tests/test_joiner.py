@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pipelines.attribution import Event, rows
-from pipelines.config import AttributionConfig
+from pipelines.config_sections import AttributionConfig
 from pipelines.events import CLICK, CONVERSION, IMPRESSION
 from pipelines.hashing import hash_text
 from pipelines.joined import Arrivals, Closed, Outcomes

@@ -20,7 +20,8 @@ from jobs.broker import Broker
 from jobs.produce import produce
 from jobs.topics import ensure_topics
 from pipelines import kafka_source
-from pipelines.config import Config, KafkaConfig
+from pipelines.config import Config
+from pipelines.config_sections import KafkaConfig
 from pipelines.cursor import Cursor, Place
 from pipelines.errors import ConfigError, SetupError, StaleStateError, TransientError
 from pipelines.event_files import EventFiles

@@ -14,7 +14,7 @@ from models.base import sigmoid
 from models.gbdt import GbdtModel
 from models.losses import cured_log_loss
 from models.target_encoding import TargetEncoding
-from pipelines.config import TeacherConfig
+from pipelines.config_sections import TeacherConfig
 from pipelines.errors import DataError, StaleStateError
 from pipelines.feature_spec import Categorical, Cross, FeatureSpec, Numeric, Sequence
 from pipelines.training_set import TrainingSet

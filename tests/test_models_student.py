@@ -18,7 +18,7 @@ from models.losses import cured_log_loss
 from models.network import Layout, forward, initial_weights
 from models.optimizers import Adam, TableAdagrad
 from models.student import LearnBatch, Student
-from pipelines.config import StudentConfig
+from pipelines.config_sections import StudentConfig
 from pipelines.errors import ConfigError, DataError, StaleStateError
 from pipelines.feature_spec import Categorical, Cross, FeatureSpec, Numeric, Sequence
 from pipelines.training_set import TrainingSet
@@ -464,7 +464,7 @@ import hashlib, numpy as np, torch
 torch.set_num_threads(1)
 from tests.test_models_student import SPEC, batch_of, learn_labels, random_rows, training_set
 from models.student import Student
-from pipelines.config import StudentConfig
+from pipelines.config_sections import StudentConfig
 student = Student.create(SPEC, StudentConfig())
 student.fit(training_set(random_rows(SPEC, 2000, 1), learn_labels(2000)))
 for seed in range(10):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines.attribution import Event, rows
-from pipelines.config import AttributionConfig
+from pipelines.config_sections import AttributionConfig
 from pipelines.events import CLICK, CONVERSION, IMPRESSION
 from pipelines.outcomes import NO_OUTCOME, Tables, latest_arrival, outcomes_as_of
 from pipelines.simulator import SimulationConfig, simulate

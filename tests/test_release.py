@@ -29,7 +29,7 @@ from jobs.release import (
 )
 from jobs.release_pointer import Pointer, read_pointer
 from models.gbdt import GbdtModel
-from pipelines.config import TeacherConfig
+from pipelines.config_sections import TeacherConfig
 from pipelines.errors import ConfigError, DataError, SetupError, StaleStateError
 from pipelines.features import encode_rows
 from pipelines.training_set import TrainingSet

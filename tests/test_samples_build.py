@@ -21,7 +21,8 @@ from jobs.samples import command
 from jobs.samples_build import build
 from jobs.samples_ingest import ingest
 from pipelines.attribution import Event, rows
-from pipelines.config import AttributionConfig, CalibrationConfig, Config
+from pipelines.config import Config
+from pipelines.config_sections import AttributionConfig, CalibrationConfig
 from pipelines.delay import DelayCurve
 from pipelines.duration import DAY_MS, HOUR_MS, MINUTE_MS
 from pipelines.errors import ConfigError, DataError

@@ -15,7 +15,8 @@ from jobs.samples_ingest import ingest
 from jobs.samples_kafka import spark_kafka_options
 from jobs.topics import ensure_topics
 from pipelines.codec import encode_json, encode_packed
-from pipelines.config import Config, KafkaConfig, TopicsConfig
+from pipelines.config import Config
+from pipelines.config_sections import KafkaConfig, TopicsConfig
 from pipelines.conform import conform
 from pipelines.errors import ConfigError, DataError, TransientError
 from pipelines.events import CLICK, CONVERSION, IMPRESSION, KINDS, TOPICS

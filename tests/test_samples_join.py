@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pipelines.attribution import Event, rows
-from pipelines.config import AttributionConfig
+from pipelines.config_sections import AttributionConfig
 from pipelines.events import CLICK, CONVERSION, IMPRESSION, KINDS
 from pipelines.sample_join import JoinWindow, count_sums, event_counts, join_samples
 

@@ -32,7 +32,8 @@ from jobs.release_manifest import Manifest
 from jobs.single_thread import use_one_thread
 from jobs.worker import Worker
 from monitoring.accounting import Accounting
-from pipelines.config import Config, KafkaConfig, TopicsConfig, dump_config
+from pipelines.config import Config, dump_config
+from pipelines.config_sections import KafkaConfig, TopicsConfig
 from pipelines.errors import StaleStateError
 from pipelines.events import TOPICS
 from pipelines.kafka_client import make_admin, make_consumer

@@ -1,0 +1,244 @@
+"""The sections of the configuration file: what can be set, its default, and what fits together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from pipelines.duration import format_duration, parse_duration
+
+__all__ = [
+    "AttributionConfig",
+    "BacktestConfig",
+    "CalibrationConfig",
+    "DelayConfig",
+    "DistillationConfig",
+    "Duration",
+    "FeaturesConfig",
+    "KafkaConfig",
+    "LabelsConfig",
+    "Policy",
+    "ReplayConfig",
+    "SamplesConfig",
+    "Section",
+    "ServeConfig",
+    "StreamConfig",
+    "StudentConfig",
+    "Task",
+    "TaskLabelsConfig",
+    "TeacherConfig",
+    "TopicsConfig",
+    "TrackingConfig",
+]
+
+Task = Literal["click", "conversion"]
+Policy = Literal["wait", "vanilla", "fnw", "fnc", "esdfm"]
+
+
+def _to_milliseconds(value: object) -> object:
+    return parse_duration(value) if isinstance(value, str) else value
+
+
+Duration = Annotated[
+    int,
+    BeforeValidator(_to_milliseconds),
+    Field(gt=0),
+    PlainSerializer(format_duration, return_type=str),
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class AttributionConfig(Section):
+    """How long an outcome is credited, and how long the joiner waits before it first speaks."""
+
+    click_window: Duration = 30 * 60_000
+    attribution_window: Duration = 7 * 86_400_000
+    observation_window: Duration = 15 * 60_000
+    allowed_lateness: Duration = 5 * 60_000
+
+    @model_validator(mode="after")
+    def _windows_nest(self) -> AttributionConfig:
+        if self.observation_window > self.attribution_window:
+            raise ValueError(
+                "observation_window must not exceed attribution_window. Got "
+                f"{format_duration(self.observation_window)} > {format_duration(self.attribution_window)}"
+            )
+        return self
+
+    def width(self, task: Task) -> int:
+        """Width of the label window of a task, ms."""
+        return self.click_window if task == "click" else self.attribution_window
+
+    def observation(self, task: Task) -> int:
+        """How long the first row of a task waits, ms: the observation window within its own."""
+        return min(self.observation_window, self.width(task))
+
+
+class TaskLabelsConfig(Section):
+    """What differs for one task."""
+
+    policy: Policy | None = None
+    observation_window: Duration | None = None
+
+
+class LabelsConfig(Section):
+    """Which rows the stream emits for an outcome that may still come.
+
+    ``auto`` is settled for each task when the first models are trained: see `pipelines.label_plan`.
+    """
+
+    policy: Policy | Literal["auto"] = "auto"
+    click: TaskLabelsConfig = TaskLabelsConfig()
+    conversion: TaskLabelsConfig = TaskLabelsConfig()
+    traffic_ratio: bool = True
+    tasks: tuple[Task, ...] = ("click", "conversion")
+
+
+class SamplesConfig(Section):
+    """How snapshots are cut and sampled.
+
+    Rows are stored by day or hour of the window's opening. Of the negatives the share ``negative_rate`` is
+    kept by a stable hash; positives, and exploration traffic (impressions with a propensity), are repeated.
+    Weights make up for it: totals stay what they were.
+    """
+
+    granularity: Literal["day", "hour"] = "day"
+    negative_rate: float = Field(default=1.0, gt=0, le=1)
+    positive_copies: int = Field(default=1, ge=1, le=100)
+    exploration_copies: int = Field(default=1, ge=1, le=100)
+
+
+class DelayConfig(Section):
+    """How late outcomes come, and on what that depends: see `pipelines.delay`.
+
+    ``curve`` is one curve a task; ``groups`` one for each value of the features ``groups``, shrunk towards
+    the task's; ``hazard`` a small network over the features.
+    """
+
+    model: Literal["curve", "groups", "hazard"] = "curve"
+    groups: tuple[str, ...] = ("campaign_id",)
+
+
+class FeaturesConfig(Section):
+    """Where the feature spec is; absent means inferred from the warm-up part of the log."""
+
+    spec: Path | None = None
+
+
+class TeacherConfig(Section):
+    """The model trained offline."""
+
+    model: Literal["lightgbm", "network"] = "lightgbm"
+    rounds: int = Field(default=120, ge=1)
+    learning_rate: float = Field(default=0.08, gt=0)
+    leaves: int = Field(default=31, ge=2)
+    min_rows_in_leaf: int = Field(default=100, ge=1)
+
+
+class StudentConfig(Section):
+    """The model that learns online."""
+
+    model: Literal["lr", "fm", "deepfm", "dcn"] = "deepfm"
+    frozen: tuple[Literal["cross", "dense"], ...] = ("cross", "dense")
+    optimizer: Literal["adagrad"] = "adagrad"
+    batch_rows: int = Field(default=256, ge=1)
+    learning_rate: float = Field(default=0.1, gt=0)
+    embedding_dim: int = Field(default=8, ge=1)
+    hidden: tuple[int, ...] = (64, 32)
+    cross_layers: int = Field(default=2, ge=1)
+    l2: float = Field(default=0.1, ge=0)
+    initial_accumulator: float = Field(default=0.01, gt=0)
+    dense_learning_rate: float = Field(default=0.002, gt=0)
+    warmup_epochs: int = Field(default=3, ge=1)
+    seed: int = 17
+
+
+class ReplayConfig(Section):
+    """Yesterday's rows from after this time of day, mixed into each update."""
+
+    ratio: float = Field(default=0.25, ge=0, le=4)
+    rows_per_hour: int = Field(default=4096, ge=1)
+
+
+class DistillationConfig(Section):
+    """Weight of the cross entropy to the teacher, beside 1 for the log loss."""
+
+    weight: float = Field(default=0.2, ge=0)
+
+
+class CalibrationConfig(Section):
+    """How logits become probabilities."""
+
+    method: Literal["auto", "none", "platt", "isotonic"] = "auto"
+    online: bool = True
+    segments: tuple[str, ...] = ("campaign_id",)
+
+
+class BacktestConfig(Section):
+    """What trains the first models, and how often a release is cut, in event time."""
+
+    warmup: str = "25%"
+    publish_every: Duration = 3_600_000
+
+    @model_validator(mode="after")
+    def _warmup_is_share_or_duration(self) -> BacktestConfig:
+        if self.warmup.endswith("%"):
+            share = float(self.warmup[:-1])
+            if not 0 < share < 100:
+                raise ValueError(f"warmup must lie between 0% and 100%. Got {self.warmup!r}")
+        else:
+            parse_duration(self.warmup)
+        return self
+
+
+class TopicsConfig(Section):
+    """Names of the Kafka topics."""
+
+    impressions: str = "impressions"
+    clicks: str = "clicks"
+    conversions: str = "conversions"
+    dead_letters: str = "dead_letters"
+    labels: str = "labels"
+
+
+class KafkaConfig(Section):
+    """The broker.
+
+    ``options`` go to kafka-python as they are (TLS, SASL); values ``env:NAME`` are read from the environment.
+    """
+
+    bootstrap_servers: str = "127.0.0.1:9092"
+    topics: TopicsConfig = TopicsConfig()
+    partitions: int = Field(default=2, ge=1)
+    options: dict[str, Any] = Field(default_factory=dict)
+    connect_timeout: Duration = 20_000
+    idle_timeout: Duration = 1_000
+
+
+class StreamConfig(Section):
+    """The online worker. What it publishes it commits first, so one interval (wall clock) rules both."""
+
+    publish_every: Duration = 2_000
+    keep_checkpoints: int = Field(default=3, ge=2)
+    keep_releases: int = Field(default=50, ge=2)
+
+
+class ServeConfig(Section):
+    """The scoring endpoint."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    reload_every: Duration = 500
+
+
+class TrackingConfig(Section):
+    """MLflow: an empty ``uri`` means no tracking."""
+
+    uri: str = ""
+    experiment: str = "ctrstream"
+    registered_model: str = "ctrstream"
