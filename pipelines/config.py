@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from pipelines.config_sections import (
     AttributionConfig,
@@ -66,6 +66,15 @@ class Config(Section):
     stream: StreamConfig = StreamConfig()
     serve: ServeConfig = ServeConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _tasks_have_windows(self) -> Config:
+        missing = [task for task in self.labels.tasks if task not in self.attribution.tasks]
+        if missing:
+            raise ValueError(
+                "labels.tasks names view_through, so attribution.view_through_window must be set"
+            )
+        return self
 
     def policy(self, task: Task) -> Policy:
         """Label policy of a task.
@@ -175,6 +184,9 @@ def _as_config_error(error: ValidationError) -> ConfigError:
             f"did you mean {nearest[0]}?" if nearest else "ctrstream backtest --print-config lists the keys"
         )
         return ConfigError(f"unknown config key {key}.", hint=hint)
+    if not key:
+        # A rule over several sections names the keys itself.
+        return ConfigError(f"{first['msg'].removeprefix('Value error, ')}.")
     return ConfigError(f"config key {key}: {first['msg']}. Received: {first.get('input')!r}.")
 
 

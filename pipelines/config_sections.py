@@ -8,8 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 from pipelines.duration import format_duration, parse_duration
+from pipelines.errors import ConfigError
 
 __all__ = [
+    "TASKS",
     "AttributionConfig",
     "BacktestConfig",
     "CalibrationConfig",
@@ -33,8 +35,10 @@ __all__ = [
     "TrackingConfig",
 ]
 
-Task = Literal["click", "conversion"]
-Policy = Literal["wait", "vanilla", "fnw", "fnc", "esdfm"]
+Task = Literal["click", "conversion", "view_through"]
+# All tasks, in the order in which they are kept everywhere.
+TASKS: tuple[Task, ...] = ("click", "conversion", "view_through")
+Policy = Literal["wait", "vanilla", "fnw", "fnc", "esdfm", "defer", "defuse", "bidefuse", "relabel"]
 
 
 def _to_milliseconds(value: object) -> object:
@@ -60,6 +64,7 @@ class AttributionConfig(Section):
     attribution_window: Duration = 7 * 86_400_000
     observation_window: Duration = 15 * 60_000
     allowed_lateness: Duration = 5 * 60_000
+    view_through_window: Duration | None = None
 
     @model_validator(mode="after")
     def _windows_nest(self) -> AttributionConfig:
@@ -70,8 +75,25 @@ class AttributionConfig(Section):
             )
         return self
 
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        """The tasks that have label windows."""
+        return ("click", "conversion") if self.view_through_window is None else TASKS
+
     def width(self, task: Task) -> int:
-        """Width of the label window of a task, ms."""
+        """Width of the label window of a task, ms.
+
+        Raises
+        ------
+        ConfigError
+            If the task is ``view_through`` and has no window.
+        """
+        if task == "view_through":
+            if self.view_through_window is None:
+                raise ConfigError(
+                    "the task view_through has no window.", hint="set attribution.view_through_window"
+                )
+            return self.view_through_window
         return self.click_window if task == "click" else self.attribution_window
 
     def observation(self, task: Task) -> int:
@@ -95,6 +117,8 @@ class LabelsConfig(Section):
     policy: Policy | Literal["auto"] = "auto"
     click: TaskLabelsConfig = TaskLabelsConfig()
     conversion: TaskLabelsConfig = TaskLabelsConfig()
+    view_through: TaskLabelsConfig = TaskLabelsConfig()
+    confirm_window: Duration | None = None
     traffic_ratio: bool = True
     tasks: tuple[Task, ...] = ("click", "conversion")
 

@@ -51,7 +51,14 @@ _SCHEMAS = {
         ]
     ),
     CLICK: pa.schema(_COMMON),
-    CONVERSION: pa.schema([*_COMMON, pa.field("value", pa.float64()), pa.field("op", pa.string())]),
+    CONVERSION: pa.schema(
+        [
+            *_COMMON,
+            pa.field("value", pa.float64()),
+            pa.field("op", pa.string()),
+            pa.field("credit", pa.float64()),
+        ]
+    ),
 }
 # What the server logged of its own answer; judged by `consistency`, never a feature.
 SERVED_COLUMNS = ("served_release", "served_logit", "served_probability", "served_position")

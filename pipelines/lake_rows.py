@@ -45,6 +45,7 @@ LAKE_SCHEMA = pa.schema(
         *contract_schema(IMPRESSION),
         pa.field("value", pa.float64()),
         pa.field("op", pa.string()),
+        pa.field("credit", pa.float64()),
         pa.field("served_release", pa.string()),
         pa.field("served_logit", pa.float64()),
         pa.field("served_probability", pa.float64()),

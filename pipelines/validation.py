@@ -76,6 +76,7 @@ def _checks(kind: int, table: pa.Table) -> Iterator[Check]:
         op = table.column("op")
         known = _as_mask(pc.is_in(op, value_set=pa.array(OPERATIONS)))
         yield ~known, _received(op, f"op must be one of {', '.join(OPERATIONS)}")
+        yield from _share_check(table.column("credit"), "credit")
 
 
 def _identity_checks(kind: int, table: pa.Table) -> Iterator[Check]:
@@ -117,13 +118,11 @@ def _time_checks(table: pa.Table) -> Iterator[Check]:
 
 
 def _impression_checks(table: pa.Table) -> Iterator[Check]:
-    position, propensity = table.column("position"), table.column("propensity")
+    position = table.column("position")
     if position.null_count < len(position):
         low = _as_mask(pc.less(position, 1))
         yield low, _received(position, "position must be at least 1")
-    if propensity.null_count < len(propensity):
-        outside = ~_as_mask(pc.and_(pc.greater(propensity, 0), pc.less_equal(propensity, 1)), absent=True)
-        yield outside, _received(propensity, "propensity must lie in (0, 1]")
+    yield from _share_check(table.column("propensity"), "propensity")
     for name in SERVED_COLUMNS[1:3]:
         if name in table.column_names:
             yield from _finite_check(table.column(name), name)
@@ -147,6 +146,12 @@ def _finite_check(column: pa.ChunkedArray, name: str) -> Iterator[Check]:
     if column.null_count < len(column):
         infinite = ~_as_mask(pc.is_finite(column), absent=True)
         yield infinite, _received(column, f"{name} must be a finite number")
+
+
+def _share_check(column: pa.ChunkedArray, name: str) -> Iterator[Check]:
+    if column.null_count < len(column):
+        outside = ~_as_mask(pc.and_(pc.greater(column, 0), pc.less_equal(column, 1)), absent=True)
+        yield outside, _received(column, f"{name} must lie in (0, 1]")
 
 
 def _as_mask(condition: pa.ChunkedArray | pa.Array, absent: bool = False) -> Mask:

@@ -18,7 +18,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 from jobs.cli import cli
 from jobs.evaluation import evaluate
 from jobs.evaluation_figures import JudgedRows, timeline
-from pipelines.attribution import Event, rows
+from pipelines.attribution import Event, labels_as_of
 from pipelines.config_sections import AttributionConfig
 from pipelines.duration import DAY_MS, HOUR_MS
 from pipelines.errors import DataError
@@ -209,7 +209,7 @@ def judged_by_rule(run: SimulatedRun, task: str) -> tuple[np.ndarray, np.ndarray
     for name, probability in zip(
         own["impression_id"].to_pylist(), own["probability"].to_pylist(), strict=True
     ):
-        found = [row for row in rows(events[name], as_of, run.attribution) if row.task == task]
+        found = [row for row in labels_as_of(events[name], as_of, run.attribution) if row.task == task]
         if found and name not in seen:
             seen.add(name)
             label.append(found[0].label)
@@ -274,10 +274,12 @@ def test_the_running_base_rate_knows_what_was_known_before_each_row_and_nothing_
     )
     found = evaluate(predictions, tables_of(log), WINDOWS, as_of=10_000).metrics["click"]["base_rate"]
     losses: dict[str, list[float]] = {"closed_windows": [], "known_labels": []}
-    truth = {row.impression_id: row.label for row in rows(log, 10_000, WINDOWS) if row.task == "click"}
+    truth = {
+        row.impression_id: row.label for row in labels_as_of(log, 10_000, WINDOWS) if row.task == "click"
+    }
     for event in shown:
         # What the rule says one tick before: its labels, and which windows have closed.
-        known = [row for row in rows(log, event.event_time - 1, WINDOWS) if row.task == "click"]
+        known = [row for row in labels_as_of(log, event.event_time - 1, WINDOWS) if row.task == "click"]
         for rule, counted in (
             ("closed_windows", [row for row in known if row.event_time + 60 < event.event_time]),
             ("known_labels", known),
