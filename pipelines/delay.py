@@ -121,6 +121,50 @@ class DelayCurve:
             delay, probability = np.append(0.0, delay), np.append(0.0, probability)
         return np.interp(age, delay, probability, left=0.0, right=1.0)
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Features whose hashes it looks at: none, see `pipelines.delay_model.DelayModel`."""
+        return ()
+
+    def observed_share(
+        self,
+        elapsed: npt.ArrayLike,
+        buckets: NDArray[np.int32],
+        numbers: NDArray[np.float32],
+        segment_key: NDArray[np.int64],
+    ) -> Floats:
+        """`cdf`: the features make no difference."""
+        return self.cdf(elapsed)
+
+    def survival(
+        self,
+        elapsed: npt.ArrayLike,
+        buckets: NDArray[np.int32],
+        numbers: NDArray[np.float32],
+        segment_key: NDArray[np.int64],
+    ) -> Floats:
+        """P(delay > elapsed | there is an outcome), shape (n,)."""
+        return 1.0 - self.cdf(elapsed)
+
+    def quantiles(
+        self,
+        share: float,
+        buckets: NDArray[np.int32],
+        numbers: NDArray[np.float32],
+        segment_key: NDArray[np.int64],
+    ) -> Floats:
+        """Age (ms) at which ``share`` of the outcomes have come, the same for all rows; shape (n,)."""
+        return np.full(len(buckets), self.inverse([share])[0])
+
+    def inverse(self, probability: npt.ArrayLike) -> Floats:
+        """Least age (ms) at which F reaches each probability, shape (n,); 0 without a curve."""
+        wanted = np.asarray(probability, np.float64)
+        if len(self.delay) == 0:
+            return np.zeros(wanted.shape)
+        # Of equal probabilities only the first point, so that a flat stretch ends where it begins.
+        reached, first = np.unique(np.append(0.0, self.probability), return_index=True)
+        return np.asarray(np.interp(wanted, reached, np.append(0.0, self.delay)[first]), np.float64)
+
     def quantile(self, share: float) -> float:
         """Smallest delay seen (ms) by which ``share`` of the outcomes have come; 0 without a curve."""
         if len(self.delay) == 0:
@@ -137,8 +181,12 @@ class DelayCurve:
             "support": self.support,
         }
 
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """None: the state says it all."""
+        return {}
+
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
+    def from_state(cls, state: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]] | None = None) -> Self:
         """The curve that `state` described.
 
         Raises
@@ -184,6 +232,16 @@ class DelayGrid:
         x = np.clip(np.asarray(duration, np.float64), 0.0, float(self.horizon))
         # The guard keeps a duration that is exactly an edge in its own bin despite rounding.
         k = np.ceil(np.log1p(x / self.unit) * self.scale - 1e-9).astype(np.int64)
+        return np.minimum(k, self.bins - 1)
+
+    def whole_bins(self, duration: npt.ArrayLike) -> NDArray[np.int64]:
+        """Last bin that lies within each duration (ms) as a whole, in [0, bins).
+
+        Of a follow-up that ends inside a bin only the bins before it can be counted on: their outcomes have
+        all been seen.
+        """
+        x = np.clip(np.asarray(duration, np.float64), 0.0, float(self.horizon))
+        k = np.floor(np.log1p(x / self.unit) * self.scale + 1e-9).astype(np.int64)
         return np.minimum(k, self.bins - 1)
 
     def edges(self) -> Floats:
