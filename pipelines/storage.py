@@ -30,7 +30,7 @@ from pipelines.errors import ConfigError, SetupError
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["ArrowFolder", "Folder", "HadoopFolder", "LocalFolder", "is_uri", "open_folder"]
+__all__ = ["ArrowFolder", "Folder", "HadoopFolder", "LocalFolder", "is_uri", "open_folder", "open_for_arrow"]
 
 # RFC 3986, but of two letters at least: `C:` is a drive.
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/")
@@ -112,6 +112,34 @@ def open_folder(location: str | Path, spark: SparkSession | None = None) -> Fold
                 hint=f"write {default.rstrip('/')}{location} or file://{location}",
             )
     return LocalFolder(Path(location))
+
+
+def open_for_arrow(uri: str) -> tuple[Any, str]:
+    """The `pyarrow.fs.FileSystem` of a URI, and the path in it.
+
+    Raises
+    ------
+    SetupError
+        If Arrow does not know the file system, or cannot reach it.
+
+    Examples
+    --------
+    >>> open_for_arrow("file:///tmp/a b")[1]
+    '/tmp/a b'
+    """
+    from pyarrow.fs import FileSystem
+
+    # Arrow knows S3 by its plain name, and wants quoted what Hadoop takes literally.
+    place, mark, options = uri.partition("?")
+    quoted = quote(re.sub(r"^s3[an]:", "s3:", place.rstrip("/")), safe="/:@=+,~") + mark + options
+    try:
+        system, path = FileSystem.from_uri(quoted)
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise SetupError(
+            f"cannot open {uri}: {_first_line(error)}",
+            hint="copy the folder to this machine and name the copy",
+        ) from error
+    return system, path
 
 
 @dataclass(frozen=True)
@@ -401,18 +429,7 @@ class ArrowFolder:
         return [info for info in listing if not _is_hidden(info.base_name)]
 
     def _open(self, name: str) -> tuple[Any, str]:
-        from pyarrow.fs import FileSystem
-
-        # Arrow knows S3 by its plain name, and wants quoted what Hadoop takes literally.
-        place, mark, options = self.location.partition("?")
-        uri = quote(re.sub(r"^s3[an]:", "s3:", place.rstrip("/")), safe="/:@=+,~") + mark + options
-        try:
-            system, path = FileSystem.from_uri(uri)
-        except (OSError, ValueError, NotImplementedError) as error:
-            raise SetupError(
-                f"cannot open {self.location}: {_first_line(error)}",
-                hint="copy the folder to this machine and name the copy",
-            ) from error
+        system, path = open_for_arrow(self.location)
         return system, f"{path}/{name}".rstrip("/")
 
     def _read_only(self, name: str) -> SetupError:
