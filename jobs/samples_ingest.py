@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from pipelines.config import Config
 from pipelines.events import KINDS
-from pipelines.lake import lake_version
+from pipelines.lake import batches_version, committed_batches
 from pipelines.lake_rows import DEAD_LETTER_KIND
 from pipelines.spark_session import worker_errors
+from pipelines.storage import open_folder
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -30,7 +31,7 @@ class IngestReport:
     dead_letters : int
         Rows that could not be used; they are in the lake with reason and position.
     messages : int
-        Kafka messages read (a packed message holds many rows).
+        Kafka messages added (a packed message holds many rows), by their offsets.
     files, files_known : list of str
         Event files taken in by this run; those that were in the lake already.
     lake_version : str
@@ -51,12 +52,12 @@ class IngestReport:
 
 def ingest(
     spark: SparkSession,
-    lake: Path,
+    lake: str | Path,
     config: Config,
     *,
     bootstrap_servers: str | None = None,
-    events: Path | None = None,
-    continuous: bool = False,
+    events: str | Path | None = None,
+    every: int | None = None,
 ) -> IngestReport:
     """Add new events to the lake.
 
@@ -64,44 +65,46 @@ def ingest(
     ----------
     spark : SparkSession
         For Kafka, with its connector jars.
-    lake : Path
+    lake : str or Path
+        Path or URI.
     config : Config
         Topics and options of Kafka.
     bootstrap_servers : str, optional
         Kafka to read; by default the configured one. Not with ``events``.
-    events : Path, optional
-        Folder with ``impressions*``, ``clicks*`` and ``conversions*`` files (.jsonl, .parquet).
-    continuous : bool
-        Kafka only: go on until interrupted, instead of ending with what is there now.
+    events : str or Path, optional
+        Folder (path or URI) with ``impressions*``, ``clicks*`` and ``conversions*`` files (.jsonl, .parquet).
+    every : int, optional
+        Kafka only: go on until interrupted, with a batch every so many ms, instead of ending with what is
+        there now.
 
     Raises
     ------
     DataError
         If the folder has no event files, a file's content changed since it was ingested, a topic is
-        missing, or the broker no longer holds the next offsets.
+        missing, the broker no longer holds the next offsets, or the lake has the former layout.
     TransientError
-        If no broker answers.
+        If no broker answers, or other runs keep taking in the same files.
     """
-    messages = 0
+    folder, messages = open_folder(lake, spark), 0
     files: list[str] = []
     known: list[str] = []
     if events is not None:
         from jobs.samples_files import ingest_files
 
         with worker_errors():
-            counts, files, known = ingest_files(spark, lake, events)
+            counts, files, known = ingest_files(spark, folder, open_folder(events, spark))
     else:
         from jobs.samples_kafka import ingest_kafka
 
         kafka = config.kafka
         if bootstrap_servers is not None:
             kafka = kafka.model_copy(update={"bootstrap_servers": bootstrap_servers})
-        counts, messages = ingest_kafka(spark, lake, kafka, continuous=continuous)
+        counts, messages = ingest_kafka(spark, folder, kafka, every=every)
     return IngestReport(
         rows={kind: counts[kind] for kind in KINDS},
         dead_letters=counts[DEAD_LETTER_KIND],
         messages=messages,
         files=files,
         files_known=known,
-        lake_version=lake_version(lake),
+        lake_version=batches_version(committed_batches(folder)),
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import bootstrap_option, config_options, writable_folder
-from jobs.spark_options import lake_option, spark_for, spark_options
+from jobs.options import bootstrap_option, config_options
+from jobs.spark_options import location_option, spark_for, spark_options
+from pipelines.duration import format_duration, parse_duration
 from pipelines.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,23 +16,44 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+# Shorter makes smaller files: a batch has a file for every kind and hour that it touches.
+_EVERY_MS = 600_000
+
+
+def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None or ctx.resilient_parsing:
+        return None
+    try:
+        return parse_duration(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from error
+
 
 @click.command("ingest")
-@lake_option
+@location_option("--lake", "Folder of the lake; created when missing.", use="write")
 @bootstrap_option
-@click.option(
+@location_option(
     "--events",
-    type=click.Path(path_type=Path, file_okay=False, exists=True),
-    help="Folder with impressions*, clicks* and conversions* files (.jsonl, .parquet) instead of Kafka.",
+    "Folder with impressions*, clicks* and conversions* files (.jsonl, .parquet) instead of Kafka.",
+    required=False,
+    use="read",
 )
 @click.option("--continuous", is_flag=True, help="Kafka only: go on until interrupted.")
+@click.option(
+    "--every",
+    metavar="DURATION",
+    callback=_duration,
+    help=f"With --continuous, a batch this often; each writes a file for every kind and hour.  "
+    f"[default: {format_duration(_EVERY_MS)}]",
+)
 @spark_options
 @config_options
 def command(
-    lake: Path,
+    lake: str,
     bootstrap_servers: str | None,
-    events: Path | None,
+    events: str | None,
     continuous: bool,
+    every: int | None,
     master: str,
     spark_conf: tuple[str, ...],
     config: Config,
@@ -47,11 +68,17 @@ def command(
         raise ConfigError(
             "expected either --events or Kafka (--bootstrap-servers, --continuous). Received both."
         )
-    writable_folder(lake, option="--lake")
+    if every is not None and not continuous:
+        raise ConfigError("expected --continuous with --every. Received --every alone.")
     from jobs.samples_ingest import ingest
 
     with spark_for("ingest", master, spark_conf, None if events else "spark-kafka") as spark:
         report = ingest(
-            spark, lake, config, bootstrap_servers=bootstrap_servers, events=events, continuous=continuous
+            spark,
+            lake,
+            config,
+            bootstrap_servers=bootstrap_servers,
+            events=events,
+            every=(every or _EVERY_MS) if continuous else None,
         )
     click.echo(report.to_json())

@@ -1,36 +1,39 @@
-"""Kafka topics into the lake: Structured Streaming, exactly once by Spark's own checkpoint and commit log."""
+"""Kafka topics into the lake: Structured Streaming, each micro-batch a batch of the lake.
+
+Exactly once by three steps in a row. Spark writes the offsets of a micro-batch into its checkpoint; we commit
+the micro-batch to the lake under a name that follows from the query and the number; Spark notes that it is
+done. A run that is killed in between begins again with the same offsets and the same name.
+"""
 
 from __future__ import annotations
 
+import logging
 import signal
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from threading import Event, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
+from jobs.kafka_offsets import micro_batch_offsets, starting_offsets
 from jobs.topics import answers
 from pipelines.config import resolve_secret
 from pipelines.config_sections import KafkaConfig
-from pipelines.errors import ConfigError, DataError, TransientError
+from pipelines.errors import ConfigError, CtrstreamError, DataError, TransientError
 from pipelines.events import TOPICS
-from pipelines.lake import (
-    PARTITION_COLUMNS,
-    checkpoint_folder,
-    count_kinds,
-    ddl,
-    kafka_folder,
-    with_partitions,
-)
-from pipelines.lake_rows import ALL_KINDS, LAKE_SCHEMA, kafka_rows
+from pipelines.lake import checkpoint_folder, committed_batches, ddl
+from pipelines.lake_rows import LAKE_SCHEMA, kafka_rows
+from pipelines.lake_write import add_kafka_batch
+from pipelines.spark_session import worker_errors
+from pipelines.storage import Folder
 
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
-    from pyspark.sql.streaming.listener import StreamingQueryProgress
 
 __all__ = ["ingest_kafka", "spark_kafka_options"]
+
+logger = logging.getLogger(__name__)
 
 _POLL_S = 1
 # kafka-python's names of the options that Spark's Kafka client needs, too.
@@ -49,9 +52,17 @@ _SASL_MODULES = {
 
 
 def ingest_kafka(
-    spark: SparkSession, lake: Path, kafka: KafkaConfig, *, continuous: bool
+    spark: SparkSession, lake: Folder, kafka: KafkaConfig, *, every: int | None = None
 ) -> tuple[Counter[str], int]:
-    """Add what the topics hold beyond the lake's checkpoint; returns rows by kind and messages read.
+    """Add what the topics hold beyond the lake's checkpoint; returns rows by kind and messages added.
+
+    Parameters
+    ----------
+    spark : SparkSession
+    lake : Folder
+    kafka : KafkaConfig
+    every : int, optional
+        Go on until interrupted, with a batch every so many ms; by default end with what is there now.
 
     Raises
     ------
@@ -67,45 +78,60 @@ def ingest_kafka(
             f"no Kafka broker answers at {kafka.bootstrap_servers}.",
             hint="start one with `ctrstream broker up`, or name another with --bootstrap-servers",
         )
+    begin = starting_offsets(kafka, list(_topics(kafka)), checkpoint_folder(lake), committed_batches(lake))
+    sink = _LakeSink(lake)
     writer = (
-        _kafka_stream(spark, kafka)
-        .writeStream.format("parquet")
-        .option("path", str(kafka_folder(lake)))
-        .option("checkpointLocation", str(checkpoint_folder(lake)))
-        .partitionBy(*PARTITION_COLUMNS)
+        _kafka_stream(spark, kafka, begin)
+        .writeStream.foreachBatch(sink)
+        .option("checkpointLocation", checkpoint_folder(lake).location)
         .queryName("samples ingest")
     )
-    # Once a minute when continuous: more often would litter the lake with small files.
-    writer = writer.trigger(processingTime="1 minute") if continuous else writer.trigger(availableNow=True)
-    query, totals = writer.start(), _Totals()
+    if every is None:
+        writer = writer.trigger(availableNow=True)
+    else:
+        writer = writer.trigger(processingTime=f"{every} milliseconds")
+    query = writer.start()
     try:
         with _interrupts() as interrupted:
             while not query.awaitTermination(_POLL_S) and not interrupted.is_set():
-                totals.add(query.lastProgress)
+                pass
     except StreamingQueryException as error:
-        raise _explained(error, kafka) from error
+        raise _explained(error, sink.failure, kafka) from error
     finally:
         query.stop()
-    for progress in query.recentProgress:
-        totals.add(progress)
-    return totals.rows, totals.messages
+    return sink.rows, sink.messages
 
 
-class _Totals:
-    """Sums over the batches of a query, each once: Spark remembers the last hundred only."""
+class _LakeSink:
+    """Commits each micro-batch, and counts what it has added."""
 
-    def __init__(self) -> None:
+    def __init__(self, lake: Folder) -> None:
         self.rows: Counter[str] = Counter()
         self.messages = 0
-        self._last = -1
+        self.failure: Exception | None = None
+        self._lake = lake
 
-    def add(self, progress: StreamingQueryProgress | None) -> None:
-        observed = None if progress is None else progress.observedMetrics.get("ingested")
-        if progress is None or observed is None or progress.batchId <= self._last:
+    def __call__(self, rows: DataFrame, number: int) -> None:
+        try:
+            with worker_errors():
+                self._add(rows, number)
+        except Exception as error:
+            # Spark will tell of it in its own words.
+            self.failure = error
+            raise
+
+    def _add(self, rows: DataFrame, number: int) -> None:
+        # The id is that of the checkpoint: a query that is started again has it still.
+        query = rows.sparkSession.sparkContext.getLocalProperty("sql.streaming.queryId")
+        offsets = micro_batch_offsets(checkpoint_folder(self._lake), number)
+        batch, added = add_kafka_batch(self._lake, f"kafka-{query}-{number:09d}", offsets, rows)
+        if not added:
+            logger.info("micro-batch %d is in the lake already", number)
             return
-        self._last = progress.batchId
-        self.messages += progress.numInputRows
-        self.rows.update({kind: int(observed[kind]) for kind in ALL_KINDS})
+        messages = sum(part.stop - part.start for part in batch.offsets)
+        logger.info("micro-batch %d: %d messages, %d rows", number, messages, batch.total_rows)
+        self.rows.update(batch.rows)
+        self.messages += messages
 
 
 @contextmanager
@@ -128,22 +154,25 @@ def _interrupts() -> Iterator[Event]:
             signal.signal(number, handler)
 
 
-def _kafka_stream(spark: SparkSession, kafka: KafkaConfig) -> DataFrame:
-    topics = {getattr(kafka.topics, topic): kind for kind, topic in enumerate(TOPICS)}
+def _topics(kafka: KafkaConfig) -> dict[str, int]:
+    """Kind of event by topic."""
+    return {getattr(kafka.topics, topic): kind for kind, topic in enumerate(TOPICS)}
+
+
+def _kafka_stream(spark: SparkSession, kafka: KafkaConfig, begin: str) -> DataFrame:
+    topics = _topics(kafka)
     source = (
         spark.readStream.format("kafka")
         .option("kafka.bootstrap.servers", kafka.bootstrap_servers)
         .option("subscribe", ",".join(topics))
-        .option("startingOffsets", "earliest")
+        .option("startingOffsets", begin)
         # Offsets that the broker has dropped are a loss to be told, never to be skipped.
         .option("failOnDataLoss", "true")
         .options(**spark_kafka_options(kafka.options))
         .load()
         .selectExpr("topic", "partition", "offset", "unix_millis(timestamp) AS timestamp", "value")
     )
-    rows = source.mapInArrow(partial(kafka_rows, topics=topics), ddl(LAKE_SCHEMA))
-    # One file for each hour and kind: without it, each partition of the topics would write its own.
-    return with_partitions(rows).observe("ingested", *count_kinds()).repartition(*PARTITION_COLUMNS)
+    return source.mapInArrow(partial(kafka_rows, topics=topics), ddl(LAKE_SCHEMA))
 
 
 def spark_kafka_options(options: dict[str, Any]) -> dict[str, str]:
@@ -184,8 +213,10 @@ def spark_kafka_options(options: dict[str, Any]) -> dict[str, str]:
     return translated
 
 
-def _explained(error: Exception, kafka: KafkaConfig) -> Exception:
-    text = str(error)
+def _explained(error: Exception, failure: Exception | None, kafka: KafkaConfig) -> Exception:
+    if isinstance(failure, CtrstreamError):
+        return failure
+    text = str(error if failure is None else failure)
     if "UnknownTopicOrPartition" in text:
         return DataError(
             f"expected the topics {', '.join(getattr(kafka.topics, name) for name in TOPICS)} at "

@@ -6,14 +6,19 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
+
+from jobs.options import writable_folder
+from pipelines.storage import is_uri
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["lake_option", "spark_for", "spark_options"]
+__all__ = ["lake_option", "location_option", "spark_for", "spark_options"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +43,40 @@ def spark_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-def lake_option(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add ``--lake DIR``; passes ``lake`` (``Path``)."""
+def location_option(
+    name: str, help: str, *, required: bool = True, use: Literal["read", "write"] | None = None
+) -> Callable[[Function], Function]:
+    """Add an option for a folder on any file system; passes its location (``str``).
+
+    Parameters
+    ----------
+    name : str
+        As in ``--lake``.
+    help : str
+        Text for ``--help``.
+    required : bool
+        Whether the option must be given.
+    use : "read" or "write", optional
+        What to check before the command starts, of a folder of this machine: that it is there, or that it
+        can be made and written to. What a URI names is found out when it is used.
+    """
+
+    def check(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+        if value is None or ctx.resilient_parsing or is_uri(value):
+            return value
+        click.Path(exists=use == "read", file_okay=False).convert(value, parameter, ctx)
+        if use == "write":
+            writable_folder(Path(value), option=name)
+        return value
+
     return click.option(
-        "--lake", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the lake."
-    )(function)
+        name, metavar="DIR|URI", required=required, callback=check, help=f"{help} A path or a URI."
+    )
+
+
+def lake_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add ``--lake DIR|URI``; passes ``lake`` (``str``)."""
+    return location_option("--lake", "Folder of the lake.")(function)
 
 
 @contextmanager

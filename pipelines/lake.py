@@ -1,47 +1,57 @@
-"""The lake: all events ever ingested, in Parquet by kind, date and hour; only committed files count.
+"""The lake: all events ever ingested, in Parquet by kind, date and hour; only committed batches count.
 
 ::
 
     LAKE/
-        events/kafka/                kind=.../event_date=.../event_hour=.../*.parquet
-            _spark_metadata/         Spark's commit log of the streaming sink
-        events/files/batch=ID/       the same, one folder for each run that found new event files
-            _MANIFEST.json           written last: the commit
+        events/batch=ID/
+            attempt=HEX/kind=.../event_date=.../event_hour=.../*.parquet
+            _PLAN.json               which event files a run is about to take in
+            _MANIFEST.json           written last, by the first run to get there: the commit
         checkpoints/kafka/           how far the topics have been read
 
-Two folders, because Spark's commit log claims all of a folder: files that another job wrote beside the
-stream's would be invisible. `read_lake` gives their union.
+A batch is what one run over event files took in, or one micro-batch from Kafka. It is never changed or
+added to: events that come late lie in older dates and hours of a batch of their own. The manifest names the
+attempt that counts, so that what a killed run left, or a second one wrote at the same time, is not seen.
+See docs/adr/0006-one-lake-layout.md. `pipelines.lake_write` writes batches, `read_lake` reads their union.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+from collections.abc import Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from pipelines.errors import DataError
-from pipelines.lake_rows import ALL_KINDS, DEAD_LETTER_KIND, LAKE_SCHEMA
+from pipelines.lake_rows import DEAD_LETTER_KIND, LAKE_SCHEMA
+from pipelines.storage import Folder, open_folder
 
 if TYPE_CHECKING:
-    from pyspark.sql import Column, DataFrame, SparkSession
+    from pyspark.sql import DataFrame, SparkSession
 
 __all__ = [
+    "BATCH_MANIFEST",
     "PARTITION_COLUMNS",
-    "FileBatch",
     "IngestedFile",
+    "KindTimes",
+    "LakeBatch",
+    "LakePartition",
+    "OffsetRange",
+    "VoidBatch",
+    "batch_folder",
+    "batches_version",
     "checkpoint_folder",
-    "commit_batch",
     "committed_batches",
-    "count_kinds",
     "ddl",
-    "files_folder",
-    "kafka_folder",
+    "events_folder",
+    "lake_batches",
     "lake_version",
+    "read_batch_manifest",
     "read_lake",
     "with_partitions",
 ]
@@ -50,6 +60,9 @@ PARTITION_COLUMNS = ("kind", "event_date", "event_hour")
 BATCH_MANIFEST = "_MANIFEST.json"
 # Where a dead letter has no time at all (a line of a file).
 UNKNOWN_DATE = "unknown"
+_BATCH_PREFIX = "batch="
+# Manifests read at once: on an object store each costs a round trip of tens of milliseconds.
+_READERS = 16
 
 _SQL_TYPES = {
     pa.string(): "string",
@@ -78,27 +91,90 @@ class IngestedFile(_Part):
     sha256: str
 
 
-class FileBatch(_Part):
-    """What one run took in: files, and rows by kind (``dead_letter`` among them)."""
+class OffsetRange(_Part):
+    """Messages of a topic's partition: offsets in ``[start, stop)``."""
+
+    topic: str
+    partition: int
+    start: int
+    stop: int
+
+
+class KindTimes(_Part):
+    """First and last time of a kind's rows, ms since the epoch; None where no row has one."""
+
+    event_time: tuple[int, int] | None
+    arrival_time: tuple[int, int] | None
+
+
+class LakePartition(_Part):
+    """Rows of one kind and one hour of event time."""
+
+    kind: str
+    event_date: str
+    event_hour: int
+    rows: int
+
+
+class LakeBatch(_Part):
+    """Manifest of a committed batch.
+
+    Attributes
+    ----------
+    batch : str
+        Its id: of event files by their content, of Kafka by the query's id and the micro-batch's number.
+    source : "files" or "kafka"
+    attempt : str
+        The run whose rows count.
+    rows : dict of str to int
+        Rows by kind (``dead_letter`` among them), as stored: repeated events are in them.
+    times : dict of str to KindTimes
+        By kind, for kinds with rows.
+    partitions : tuple of LakePartition
+        What the batch touches, ordered.
+    files : tuple of IngestedFile
+    offsets : tuple of OffsetRange
+        What it took in, ordered.
+    """
 
     batch: str
-    files: tuple[IngestedFile, ...]
+    source: Literal["files", "kafka"]
+    attempt: str
     rows: dict[str, int]
+    times: dict[str, KindTimes]
+    partitions: tuple[LakePartition, ...]
+    files: tuple[IngestedFile, ...] = ()
+    offsets: tuple[OffsetRange, ...] = ()
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of all kinds."""
+        return sum(self.rows.values())
 
 
-def kafka_folder(lake: Path) -> Path:
-    """Folder that the streaming ingest writes and commits."""
-    return lake / "events" / "kafka"
+class VoidBatch(_Part):
+    """Manifest of a batch that never will be: another run has committed some of its files first."""
+
+    batch: str
+    overtaken_by: str
 
 
-def files_folder(lake: Path) -> Path:
-    """Folder of the batches of ingested event files."""
-    return lake / "events" / "files"
+_MANIFEST: TypeAdapter[LakeBatch | VoidBatch] = TypeAdapter(LakeBatch | VoidBatch)
 
 
-def checkpoint_folder(lake: Path) -> Path:
+def events_folder(lake: Folder) -> Folder:
+    """Folder of the batches."""
+    return lake.child("events")
+
+
+def batch_folder(lake: Folder, batch: str) -> Folder:
+    """Folder of one batch."""
+    return events_folder(lake).child(f"{_BATCH_PREFIX}{batch}")
+
+
+def checkpoint_folder(lake: Folder) -> Folder:
     """Folder of the streaming ingest's checkpoint."""
-    return lake / "checkpoints" / "kafka"
+    return lake.child("checkpoints", "kafka")
 
 
 def ddl(schema: pa.Schema) -> str:
@@ -126,80 +202,125 @@ def with_partitions(rows: DataFrame) -> DataFrame:
     ).withColumn("event_hour", hour)
 
 
-def count_kinds() -> list[Column]:
-    """Aggregates for `DataFrame.observe`: rows by kind, counted by the write itself."""
-    from pyspark.sql import functions as F
-
-    return [F.count(F.when(F.col("kind") == kind, 1)).alias(kind) for kind in ALL_KINDS]
-
-
-def commit_batch(folder: Path, batch: FileBatch) -> None:
-    """Make a written batch of event files part of the lake."""
-    scratch = folder / f".{BATCH_MANIFEST}.{os.getpid()}"
-    with scratch.open("w", encoding="utf-8") as handle:
-        handle.write(batch.model_dump_json(indent=2) + "\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    scratch.rename(folder / BATCH_MANIFEST)
-
-
-def committed_batches(lake: Path) -> list[FileBatch]:
-    """The batches of event files in the lake, ordered by id.
+def read_batch_manifest(lake: Folder, batch: str) -> LakeBatch | VoidBatch | None:
+    """What became of a batch; None where nothing has been decided yet.
 
     Raises
     ------
     DataError
-        If a manifest cannot be read.
+        If the manifest cannot be read.
     """
-    batches = []
-    for path in sorted(files_folder(lake).glob(f"batch=*/{BATCH_MANIFEST}")):
-        try:
-            batches.append(FileBatch.model_validate_json(path.read_bytes()))
-        except ValidationError as error:
-            raise DataError(f"{path} is not a batch manifest: {error.errors()[0]['msg']}.") from error
-    return batches
+    folder = batch_folder(lake, batch)
+    try:
+        return _MANIFEST.validate_json(folder.read(BATCH_MANIFEST))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DataError(
+            f"{folder.location}/{BATCH_MANIFEST} is not a batch manifest: {error.errors()[0]['msg']}."
+        ) from error
 
 
-def _committed_streams(lake: Path) -> list[str]:
-    """Names of the stream's commits; one is written for each micro-batch, some of them compacted."""
-    log = kafka_folder(lake) / "_spark_metadata"
-    return sorted(path.name for path in log.glob("[0-9]*")) if log.is_dir() else []
+def batch_names(lake: Folder) -> list[str]:
+    """Ids of all batches that have been begun, ordered.
+
+    Raises
+    ------
+    DataError
+        If the lake is of the layout that Spark's file sink wrote.
+    """
+    names = events_folder(lake).names()
+    if "kafka" in names or "files" in names:
+        raise DataError(
+            f"expected batches in {events_folder(lake).location}. The lake has the former layout "
+            "(events/kafka, events/files), which this version neither reads nor adds to.",
+            hint="ingest the topics or event files into a new --lake",
+        )
+    return [name.removeprefix(_BATCH_PREFIX) for name in names if name.startswith(_BATCH_PREFIX)]
 
 
-def lake_version(lake: Path) -> str:
+def committed_batches(lake: Folder) -> list[LakeBatch]:
+    """The batches that are in a lake, ordered by id; none where nothing has been ingested.
+
+    Parameters
+    ----------
+    lake : Folder
+        The lake itself, as `pipelines.storage.open_folder` opens it.
+
+    Raises
+    ------
+    DataError
+        If a manifest cannot be read, or the lake is of the former layout.
+    """
+    names = batch_names(lake)
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda name: read_batch_manifest(lake, name), names)
+        return [batch for batch in found if isinstance(batch, LakeBatch)]
+
+
+def lake_batches(lake: str | Path, spark: SparkSession | None = None) -> list[LakeBatch]:
+    """`committed_batches` of a location. Without Spark, a URI is read by Arrow."""
+    return committed_batches(open_folder(lake, spark))
+
+
+def batches_version(batches: Iterable[LakeBatch]) -> str:
+    """Digest of a set of batches, 16 hex digits.
+
+    Examples
+    --------
+    >>> batches_version([])
+    '4f53cda18c2baa0c'
+    """
+    names = sorted(batch.batch for batch in batches)
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+
+
+def lake_version(lake: str | Path, spark: SparkSession | None = None) -> str:
     """Digest of what is committed: it changes with every ingest that added something."""
-    numbers = [int(name.split(".")[0]) for name in _committed_streams(lake)]
-    state: dict[str, Any] = {
-        "kafka": max(numbers, default=-1),
-        "files": [batch.batch for batch in committed_batches(lake)],
-    }
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+    return batches_version(lake_batches(lake, spark))
 
 
-def read_lake(spark: SparkSession, lake: Path) -> DataFrame:
-    """All committed rows: columns of `LAKE_SCHEMA`, ``event_date`` and ``event_hour``.
+def read_lake(spark: SparkSession, lake: str | Path, *, batches: Collection[str] | None = None) -> DataFrame:
+    """Rows of the committed batches: columns of `LAKE_SCHEMA`, ``event_date`` and ``event_hour``.
+
+    Parameters
+    ----------
+    spark : SparkSession
+    lake : str or Path
+        Path or URI.
+    batches : collection of str, optional
+        Ids of the batches to read, such as those that came in since another snapshot; by default all.
 
     Raises
     ------
     DataError
-        If nothing has been ingested yet.
+        If nothing has been ingested yet, or a batch asked for is not in the lake.
     """
     from pyspark.sql import functions as F
 
-    columns = [*LAKE_SCHEMA.names, "event_date", "event_hour"]
-    schema = f"{ddl(LAKE_SCHEMA)}, `event_date` string, `event_hour` int"
-    frames = []
-    if _committed_streams(lake):
-        # Spark finds _spark_metadata and lists what the commits name, nothing else.
-        frames.append(spark.read.schema(schema).parquet(str(kafka_folder(lake))))
-    batches = [str(files_folder(lake) / f"batch={batch.batch}") for batch in committed_batches(lake)]
-    if batches:
-        reader = spark.read.schema(f"{schema}, `batch` string").option("basePath", str(files_folder(lake)))
-        frames.append(reader.parquet(*batches))
-    if not frames:
+    folder = open_folder(lake, spark)
+    found = {batch.batch: batch for batch in committed_batches(folder)}
+    if not found:
         raise DataError(
             f"expected a lake with ingested events in {lake}. Found none.",
             hint=f"ctrstream samples ingest --lake {lake} --bootstrap-servers HOST:PORT (or --events DIR)",
         )
-    selected = [frame.select(*[F.col(name) for name in columns]) for frame in frames]
-    return selected[0] if len(selected) == 1 else selected[0].unionByName(selected[1])
+    missing = sorted(set(batches or ()) - set(found))
+    if missing:
+        raise DataError(f"expected the batch {missing[0]} in the lake {lake}. Found {len(found)} others.")
+    schema = f"{ddl(LAKE_SCHEMA)}, `event_date` string, `event_hour` int"
+    chosen = found.values() if batches is None else [found[name] for name in sorted(set(batches))]
+    # A batch without rows may have no folder: object stores have none that are empty.
+    places = [attempt_folder(folder, batch.batch, batch.attempt) for batch in chosen if batch.total_rows]
+    if not places:
+        return spark.createDataFrame([], schema)
+    reader = spark.read.schema(f"{schema}, `batch` string, `attempt` string")
+    rows = reader.option("basePath", events_folder(folder).location).parquet(
+        *[place.location for place in places]
+    )
+    return rows.select(*[F.col(name) for name in (*LAKE_SCHEMA.names, "event_date", "event_hour")])
+
+
+def attempt_folder(lake: Folder, batch: str, attempt: str) -> Folder:
+    """Folder of the rows that one attempt at a batch wrote."""
+    return batch_folder(lake, batch).child(f"attempt={attempt}")

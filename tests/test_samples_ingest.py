@@ -20,7 +20,7 @@ from pipelines.config_sections import KafkaConfig, TopicsConfig
 from pipelines.conform import conform
 from pipelines.errors import ConfigError, DataError, TransientError
 from pipelines.events import CLICK, CONVERSION, IMPRESSION, KINDS, TOPICS
-from pipelines.lake import committed_batches, files_folder, kafka_folder, lake_version, read_lake
+from pipelines.lake import lake_batches, lake_version, read_lake
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -157,9 +157,10 @@ def test_dead_letters_keep_reason_position_and_payload(spark: SparkSession, from
 def test_rows_that_no_commit_names_are_not_read(spark: SparkSession, from_kafka: Any, tmp_path: Path) -> None:
     lake, _ = from_kafka
     copy = tmp_path / "lake"
-    shutil.copytree(kafka_folder(lake), kafka_folder(copy))
-    stray = next(kafka_folder(copy).glob("kind=click/**/*.parquet"))
-    shutil.copy(stray, stray.with_name("part-left-by-a-killed-run.parquet"))
+    shutil.copytree(lake / "events", copy / "events")
+    attempt = next(copy.glob("events/batch=*/attempt=*"))
+    shutil.copytree(attempt, attempt.with_name("attempt=left-by-a-killed-run"))
+    shutil.copytree(attempt, copy / "events" / "batch=left-by-a-killed-run" / "attempt=1")
     assert len(rows_of(spark, copy, "click")) == 7
 
 
@@ -232,9 +233,9 @@ def test_batch_without_its_manifest_is_invisible_and_written_again(
 ) -> None:
     log, lake = write_log(tmp_path / "log", ".parquet"), tmp_path / "lake"
     ingest(spark, lake, Config(), events=log)
-    (batch,) = committed_batches(lake)
+    (batch,) = lake_batches(lake)
     # As if the run had been killed after its files were written and before the commit.
-    (files_folder(lake) / f"batch={batch.batch}" / "_MANIFEST.json").unlink()
+    (lake / "events" / f"batch={batch.batch}" / "_MANIFEST.json").unlink()
     with pytest.raises(DataError, match="expected a lake with ingested events"):
         read_lake(spark, lake)
     ingest(spark, lake, Config(), events=log)
