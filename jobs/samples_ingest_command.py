@@ -30,13 +30,13 @@ def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None)
 
 
 @click.command("ingest")
-@location_option("--lake", "Folder of the lake; created when missing.", writable=True)
+@location_option("--lake", "Folder of the lake; created when missing.", use="write")
 @bootstrap_option
 @location_option(
     "--events",
     "Folder with impressions*, clicks* and conversions* files (.jsonl, .parquet) instead of Kafka.",
     required=False,
-    must_exist=True,
+    use="read",
 )
 @click.option("--continuous", is_flag=True, help="Kafka only: go on until interrupted.")
 @click.option(

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
 
@@ -44,7 +44,7 @@ def spark_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def location_option(
-    name: str, help: str, *, required: bool = True, must_exist: bool = False, writable: bool = False
+    name: str, help: str, *, required: bool = True, use: Literal["read", "write"] | None = None
 ) -> Callable[[Function], Function]:
     """Add an option for a folder on any file system; passes its location (``str``).
 
@@ -56,16 +56,16 @@ def location_option(
         Text for ``--help``.
     required : bool
         Whether the option must be given.
-    must_exist, writable : bool
-        What to check before the command starts, of a folder of this machine: that it is there; that it can
-        be made and written to. What a URI names is found out when it is used.
+    use : "read" or "write", optional
+        What to check before the command starts, of a folder of this machine: that it is there, or that it
+        can be made and written to. What a URI names is found out when it is used.
     """
 
     def check(ctx: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
         if value is None or ctx.resilient_parsing or is_uri(value):
             return value
-        click.Path(exists=must_exist, file_okay=False).convert(value, parameter, ctx)
-        if writable:
+        click.Path(exists=use == "read", file_okay=False).convert(value, parameter, ctx)
+        if use == "write":
             writable_folder(Path(value), option=name)
         return value
 
