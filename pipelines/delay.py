@@ -161,9 +161,13 @@ class DelayCurve:
         wanted = np.asarray(probability, np.float64)
         if len(self.delay) == 0:
             return np.zeros(wanted.shape)
-        # Of equal probabilities only the first point, so that a flat stretch ends where it begins.
-        reached, first = np.unique(np.append(0.0, self.probability), return_index=True)
-        return np.asarray(np.interp(wanted, reached, np.append(0.0, self.delay)[first]), np.float64)
+        delay, probability = np.append(0.0, self.delay), np.append(0.0, self.probability)
+        # The first point that reaches it, and the one before, which does not: a flat stretch is left at once.
+        end = np.clip(np.searchsorted(probability, wanted, side="left"), 1, len(probability) - 1)
+        step = probability[end] - probability[end - 1]
+        part = np.where(step > 0, (wanted - probability[end - 1]) / np.where(step > 0, step, 1.0), 0.0)
+        found = delay[end - 1] + np.clip(part, 0.0, 1.0) * (delay[end] - delay[end - 1])
+        return np.asarray(found, np.float64)
 
     def quantile(self, share: float) -> float:
         """Smallest delay seen (ms) by which ``share`` of the outcomes have come; 0 without a curve."""

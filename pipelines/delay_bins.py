@@ -24,7 +24,7 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 # Neighbouring edges then differ by a third: the curve fills in the rest.
-GROUP_BINS = 32
+GROUP_BINS = 30
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from pipelines.errors import ConfigError
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
 
-__all__ = ["LARGEST_TABLE", "group_delays"]
+__all__ = ["LARGEST_TABLE", "delay_sample", "group_delays"]
 
-# Groups a task and level: with 32 bins and closed windows at most 131,072 cells.
+# Groups a task and level: with 30 bins and closed windows at most 122,880 cells.
 LARGEST_TABLE = 4096
 _COLUMNS = ("user_id", "item_id", "position")
 
@@ -90,6 +90,53 @@ def group_delays(
         placed = placed.withColumn(name, F.when(F.col("level") > place, F.col(name)))
     keys = ["task", "level", *values, "delay_bin", "follow_up_bin"]
     return placed.groupBy(*keys).agg(F.sum("count").alias("count"))
+
+
+def delay_sample(
+    samples: DataFrame,
+    as_of: int,
+    task: Task,
+    horizon: int,
+    *,
+    open_windows: bool = False,
+    largest: int = 200_000,
+) -> DataFrame:
+    """Outcomes of one task with their impressions, at most ``largest``, for `DelayRows.from_table`.
+
+    Which ones is decided by a stable hash of the impression's id: the same sample every time, wherever it
+    runs. Columns ``user_id, item_id, position, event_time, features, opened, delay, follow_up``.
+
+    Parameters
+    ----------
+    samples : DataFrame
+        Rows of `pipelines.sample_join.join_samples`.
+    as_of : int
+        ms since the epoch.
+    task : str
+    horizon : int
+        Age (ms) from which a window has closed.
+    open_windows : bool
+        Take outcomes of open windows, too.
+    largest : int
+        They go to the driver, a few hundred bytes each.
+    """
+    opened, mature = F.col(f"{task}_opened"), F.col(f"{task}_mature")
+    used = opened.isNotNull() & (F.col(f"{task}_label") == 1)
+    follow_up = F.when(mature, F.lit(horizon)).otherwise(F.least(F.lit(as_of) - opened, F.lit(horizon)))
+    delay = F.least(F.greatest(F.col(f"{task}_known") - opened, F.lit(0)), follow_up)
+    return (
+        samples.where(used if open_windows else used & mature)
+        .orderBy(F.xxhash64("impression_id"), "impression_id")
+        .limit(largest)
+        .select(
+            *_COLUMNS,
+            "event_time",
+            "features",
+            opened.cast("long").alias("opened"),
+            delay.cast("long").alias("delay"),
+            follow_up.cast("long").alias("follow_up"),
+        )
+    )
 
 
 def _positives(

@@ -20,9 +20,9 @@ __all__ = ["DelayCounts", "Path", "path_keys"]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-# Values of the first fields, from the first on; None is a null. Outcomes whose further values are too rare to
-# be counted apart stand under a shorter path.
-Path = tuple[str | None, ...]
+# Values of the first fields, from the first on: texts, or their hashes where only those are known; None is a
+# null. Outcomes whose further values are too rare to be counted apart stand under a shorter path.
+Path = tuple[str | int | None, ...]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class DelayCounts:
     ) -> Self:
         """Cells in a fixed order, each once: equal data give equal counts, whatever their order."""
         order = sorted(
-            range(len(paths)), key=lambda place: [(part is not None, part or "") for part in paths[place]]
+            range(len(paths)), key=lambda place: [(part is not None, str(part)) for part in paths[place]]
         )
         rank = np.empty(len(paths), np.int64)
         rank[order] = np.arange(len(paths))
@@ -212,10 +212,15 @@ class DelayCounts:
 def path_keys(paths: Sequence[Path], seed: int = HASH_SEED) -> Ints:
     """Key of each path (all of one length), shape (n,): what `combined_keys` makes of the hashed values."""
     depth = len(paths[0]) if paths else 0
-    columns = [
-        hash_column(pa.array([path[place] for path in paths], pa.string()), seed) for place in range(depth)
-    ]
-    return combined_keys(np.stack([column.view(np.int64) for column in columns], axis=1), depth)
+    columns = [_hashed([path[place] for path in paths], seed) for place in range(depth)]
+    return combined_keys(np.stack(columns, axis=1), depth)
+
+
+def _hashed(values: list[str | int | None], seed: int) -> Ints:
+    texts = pa.array([value if isinstance(value, str) else None for value in values], pa.string())
+    known = np.array([value if isinstance(value, int) else 0 for value in values], np.int64)
+    # A null hashes to 0, and so does what is no text here.
+    return hash_column(texts, seed).view(np.int64) | known
 
 
 def combined_keys(segment_key: Ints, depth: int) -> Ints:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from pipelines.delay import DelayCurve
 from pipelines.delay_groups import DelayGroups
+from pipelines.delay_hazard import DelayHazard
 from pipelines.errors import DataError
 
 __all__ = ["DelayModel", "digest", "from_files", "to_files"]
@@ -112,6 +113,7 @@ def from_files(files: Mapping[str, bytes]) -> DelayModel:
     kinds: dict[str, Callable[..., DelayModel]] = {
         "delay_curve": DelayCurve.from_state,
         "delay_groups": DelayGroups.from_state,
+        "delay_hazard": DelayHazard.from_state,
     }
     kind = state.get("kind")
     if kind not in kinds:

@@ -132,6 +132,12 @@ def test_outcomes_known_at_once_need_no_waiting() -> None:
     assert curve.cdf([0.0, 1.0]).tolist() == [1.0, 1.0]
 
 
+def test_inverse_is_the_least_age_at_which_that_share_has_come() -> None:
+    curve = DelayCurve(np.array([10.0, 20.0, 30.0]), np.array([0.2, 0.2, 1.0]), 100.0)
+    assert curve.inverse([0.0, 0.1, 0.2, 0.6, 1.0]).tolist() == [0.0, 5.0, 10.0, 25.0, 30.0]
+    assert DelayCurve(np.array([0.0, 8.0]), np.array([0.5, 1.0]), 9.0).inverse([0.3, 0.75]).tolist() == [0, 4]
+
+
 def test_state_gives_the_same_curve() -> None:
     delay, follow_up, _ = seen_by_now(seed=8, n=500)
     curve = DelayCurve.fit(delay, follow_up)

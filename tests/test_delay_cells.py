@@ -9,8 +9,9 @@ import orjson
 import pytest
 
 from pipelines.delay import DelayGrid
-from pipelines.delay_cells import group_delays
+from pipelines.delay_cells import delay_sample, group_delays
 from pipelines.delay_counts import DelayCounts, Path, combined_keys, path_keys
+from pipelines.delay_rows import DelayRows
 from pipelines.duration import DAY_MS, HOUR_MS
 from pipelines.errors import ConfigError
 from pipelines.feature_spec import Categorical, FeatureSpec
@@ -171,3 +172,34 @@ def test_values_are_written_as_the_feature_encoding_hashes_them(spark: SparkSess
 def test_name_with_a_quote_is_refused(spark: SparkSession) -> None:
     with pytest.raises(ConfigError, match="without a quote"):
         group_delays(frame(spark, joined_rows(5, 2)), AS_OF, {"click": GRID}, ("it's",))
+
+
+def test_sample_is_bounded_stable_and_encoded_as_the_rows_are(spark: SparkSession) -> None:
+    rows = joined_rows(6)
+    for place, row in enumerate(rows):
+        row |= {"impression_id": f"x{place}", "event_time": AS_OF - 3 * WINDOW}
+    schema = f"{SCHEMA}, impression_id string, event_time bigint"
+    names = [part.split()[0] for part in schema.split(", ")]
+    samples = spark.createDataFrame([tuple(row[name] for name in names) for row in rows], schema)
+    spec = FeatureSpec(categorical=(Categorical(name="campaign_id", buckets=32),))
+
+    def sample(frame: DataFrame, *, every: bool, largest: int = 1_000) -> DelayRows:
+        cells = delay_sample(frame, AS_OF, "click", WINDOW, open_windows=every, largest=largest)
+        return DelayRows.from_table(cells.toArrow(), spec, ("campaign_id",))
+
+    for every in (False, True):
+        found = sample(samples, every=every).counts(GRID, ("campaign_id",))
+        expected = by_hand(rows, "click", ("campaign_id",), every=every)
+        assert sorted(path_keys(found.paths).tolist()) == sorted(path_keys(expected.paths).tolist())
+        np.testing.assert_array_equal(totals(found), totals(expected))
+    some = sample(samples, every=True, largest=50)
+    again = sample(samples.repartition(7), every=True, largest=50)
+    assert len(some) == 50
+    for name in ("buckets", "segment_key", "opened", "delay", "follow_up"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(again, name))
+
+
+def totals(counts: DelayCounts) -> Any:
+    cells = np.zeros((GRID.bins, GRID.bins))
+    np.add.at(cells, (counts.delay_bin, counts.follow_up_bin), counts.count)
+    return cells

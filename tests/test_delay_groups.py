@@ -28,7 +28,7 @@ NOTHING = np.zeros((1, 0), np.int32)
 
 def keys(*paths: Path) -> NDArray[np.int64]:
     """Segment keys of the values, as the feature encoding makes them."""
-    hashed = [[0 if value is None else hash_text(value) for value in path] for path in paths]
+    hashed = [[0 if value is None else hash_text(str(value)) for value in path] for path in paths]
     return np.array(hashed, np.uint64).view(np.int64)
 
 

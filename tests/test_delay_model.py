@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from pyspark import cloudpickle
 
 from pipelines.delay import DelayCurve, DelayGrid
+from pipelines.delay_bins import DelayBins
 from pipelines.delay_counts import DelayCounts
 from pipelines.delay_groups import DelayGroups
+from pipelines.delay_hazard import DelayHazard
 from pipelines.delay_model import DelayModel, digest, from_files, to_files
 from pipelines.duration import DAY_MS, HOUR_MS
 from pipelines.errors import DataError
@@ -41,7 +43,15 @@ def groups() -> DelayGroups:
     return DelayGroups.fit(counts, curve())
 
 
-MODELS: dict[str, Callable[[], DelayModel]] = {"curve": curve, "groups": groups}
+def hazard() -> DelayHazard:
+    rng = np.random.default_rng(5)
+    layers = ((rng.standard_normal((3, 31)).astype(np.float32), np.zeros(31, np.float32)),)
+    bins = DelayBins(DelayGrid(WINDOW, 32), curve())
+    embedding = rng.standard_normal((8, 2)).astype(np.float32)
+    return DelayHazard(bins, (1,), (1,), (8,), embedding, layers, 0.5, 100.0, "digest")
+
+
+MODELS: dict[str, Callable[[], DelayModel]] = {"curve": curve, "groups": groups, "hazard": hazard}
 Inputs = tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.int64]]
 
 
