@@ -101,7 +101,7 @@ def rows_after_warm_up(result: Backtest, files: EventFiles, config: Config) -> R
     shown = files.impressions
     shown = shown.filter(files.impression_arrival_time >= result.warm_up_until)
     outcome = outcomes_as_of(files.tables, config.attribution, latest_arrival(files.tables))["click"]
-    clicked = set(np.asarray(outcome.impression_id)[outcome.label == 1].tolist())
+    clicked = set(np.asarray(outcome.impression_id)[outcome.label > 0].tolist())
     label = np.array([name in clicked for name in shown["impression_id"].to_pylist()], np.float32)
     first = result.first.student
     return Rows(encode(shown, first.spec, first.segments), label)

@@ -145,7 +145,7 @@ def delay_curves(files: EventFiles, config: Config, as_of: int) -> dict[Task, De
 
     curves: dict[Task, DelayCurve] = {}
     for task, outcome in outcomes_as_of(files.tables, config.attribution, as_of).items():
-        positive = outcome.label == 1
+        positive = outcome.label > 0
         follow_up = np.minimum(as_of - outcome.opened, config.attribution.width(task))
         curves[task] = DelayCurve.fit(outcome.outcome_delay[positive], follow_up[positive])
     return curves

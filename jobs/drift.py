@@ -197,8 +197,8 @@ def drift_of_labels(
         for task, outcome in outcomes_as_of(tables, attribution, latest_arrival(tables)).items():
             inside = outcome.mature & (outcome.opened >= start) & (outcome.opened < end)
             if inside.any():
-                positive = inside & (outcome.label == 1)
-                columns[f"{task} label"] = outcome.label[inside].astype("int64")
+                positive = inside & (outcome.label > 0)
+                columns[f"{task} label"] = (outcome.label[inside] > 0).astype("int64")
                 if positive.any():
                     columns[f"{task} delay, s"] = outcome.outcome_delay[positive] / 1000.0
         sides.append(columns)

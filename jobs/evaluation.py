@@ -187,7 +187,7 @@ def _judged_rows(
     return (
         JudgedRows(
             predictors=_predictors(used),
-            label=outcome.label[row] == 1,
+            label=outcome.label[row] > 0,
             mature=outcome.mature[row],
             predicted_at=predicted_at,
             user=_users(used, tables[IMPRESSION]),
@@ -264,7 +264,7 @@ def _base_rates(outcome: Outcome, row: Ints, predicted_at: Ints) -> dict[str, Fl
     def before(times: Ints) -> Floats:
         return np.searchsorted(np.sort(times), predicted_at, side="left").astype(np.float64)
 
-    positive = outcome.label == 1
+    positive = outcome.label > 0
     final, final_positive = before(outcome.closes), before(outcome.closes[positive])
     known = before(outcome.known)
     known_positive = before(outcome.outcome_known[outcome.outcome_known != NO_OUTCOME])

@@ -23,7 +23,7 @@ from pipelines.duration import HOUR_MS
 from pipelines.events import KINDS
 from pipelines.joined import Examples, Joined, NegativeDelay
 from pipelines.joiner import TASKS, Joiner
-from pipelines.label_windows import FIRST
+from pipelines.label_news import FIRST
 from pipelines.replay import ReplayBuffer
 
 __all__ = ["OnlineLoop", "Predicted", "StepResult"]
@@ -101,8 +101,9 @@ class OnlineLoop:
         self.late_share: dict[Task, float] = {}
         self.joiner = Joiner(
             config.attribution,
-            (config.policy("click"), config.policy("conversion")),
-            observation=(config.observation("click"), config.observation("conversion")),
+            [config.policy(task) for task in config.attribution.tasks],
+            observation=[config.observation(task) for task in config.attribution.tasks],
+            confirm_window=config.labels.confirm_window,
             traffic_ratio=config.labels.traffic_ratio,
         )
         self.replay: dict[Task, ReplayBuffer] = {
@@ -161,7 +162,8 @@ class OnlineLoop:
         features = self.joiner.features
         if "buckets" not in features:
             return
-        slots = np.unique(np.concatenate([self.joiner.open_windows(index).slot for index in (0, 1)]))
+        windows = range(len(self.joiner.tasks))
+        slots = np.unique(np.concatenate([self.joiner.open_windows(index).slot for index in windows]))
         buckets, numbers = features["buckets"][slots], features["numbers"][slots]
         keys = features["segment_key"][slots]
         for name in ("teacher_logit", "logit", "probability"):

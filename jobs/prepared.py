@@ -11,10 +11,11 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.config import Task
-from pipelines.events import CLICK, CONVERSION, DEAD_LETTER, IMPRESSION, DeadLetter, EventBlock
+from pipelines.events import CLICK, CONVERSION, DEAD_LETTER, IMPRESSION, OPERATIONS, DeadLetter, EventBlock
 from pipelines.feature_spec import FeatureSpec
 from pipelines.features import Encoded, encode
 from pipelines.hashing import hash_column
@@ -112,14 +113,9 @@ class PreparedBlock:
             read[kind] += 1
         impressions = slice(i0, i1)
         return StepEvents(
-            arrivals=Arrivals(
-                self.arrivals.impression_id[impressions],
-                self.arrivals.event_time[impressions],
-                self.arrivals.arrival_time[impressions],
-                {name: values[impressions] for name, values in self.arrivals.features.items()},
-            ),
-            clicks=_slice(self.clicks, c0, c1),
-            conversions=_slice(self.conversions, v0, v1),
+            arrivals=self.arrivals.slice(i0, i1),
+            clicks=self.clicks.slice(c0, c1),
+            conversions=self.conversions.slice(v0, v1),
             teacher_logit=self.teacher_logit[impressions],
             stale_logit=self.stale_logit[impressions],
             dead_letters=self.block.dead_letters[d0:d1],
@@ -194,27 +190,18 @@ def _times(table: pa.Table) -> Ints:
 def _outcomes(block: EventBlock, kind: int, arrival: Ints) -> Outcomes:
     table = block.tables[kind]
     rows = block.kind == kind
-    positive = np.ones(table.num_rows, np.bool_)
+    op, credit = np.zeros(table.num_rows, np.int8), np.ones(table.num_rows)
     if kind == CONVERSION and table.num_rows:
-        positive = np.array([op != "retract" for op in table.column("op").to_pylist()], np.bool_)
+        named = pc.index_in(table.column("op"), value_set=pa.array(OPERATIONS))
+        op = named.to_numpy().astype(np.int8)
+        credit = pc.fill_null(table.column("credit"), 1.0).to_numpy()
     position = np.stack([block.partition[rows], block.offset[rows], block.row[rows]], axis=1)
     return Outcomes(
         table.column("impression_id").to_pylist(),
         _times(table),
         arrival,
         hash_column(table.column("event_id")) if table.num_rows else np.zeros(0, np.uint64),
-        positive,
+        op,
+        credit,
         position.astype(np.int64),
-    )
-
-
-def _slice(outcomes: Outcomes, start: int, stop: int) -> Outcomes:
-    part = slice(start, stop)
-    return Outcomes(
-        outcomes.impression_id[part],
-        outcomes.event_time[part],
-        outcomes.arrival_time[part],
-        outcomes.event_hash[part],
-        outcomes.positive[part],
-        outcomes.position[part],
     )

@@ -29,7 +29,7 @@ class ProgressiveQuality:
         known = np.isfinite(probability)
         if not known.any():
             return
-        slot, label = closed.slot[known], closed.label[known]
+        slot, label = closed.slot[known], closed.label[known] > 0
         predictions = {
             "student": probability[known],
             "student_uncalibrated": sigmoid(features["logit"][slot, column].astype(np.float64)),

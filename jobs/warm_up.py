@@ -21,7 +21,7 @@ __all__ = ["WarmUp"]
 class WarmUp:
     """Collects the windows of a loop that is warming up, with the labels known at its end.
 
-    The rows are those of policy ``relabel`` of `pipelines.attribution.rows`, as of the loop's clock.
+    The rows are those of `pipelines.attribution.labels_as_of`, as of the loop's clock.
 
     Attributes
     ----------
@@ -61,7 +61,7 @@ class WarmUp:
                 name: features[name][windows.slot]
                 for name in ("buckets", "numbers", "segment_key", "user_key")
             },
-            "label": windows.label,
+            "label": windows.label.astype(np.float32),
             "event_time": windows.event_time,
             "outcome_time": windows.outcome_time,
             "mature": np.full(len(windows), mature),
@@ -72,7 +72,7 @@ class WarmUp:
         columns = {name: values[order] for name, values in columns.items()}
         attribution = self.loop.config.attribution
         elapsed = np.minimum(self.loop.clock - columns["event_time"], attribution.width(task))
-        positive = columns["label"] == 1
+        positive = columns["label"] > 0
         delay = (columns["outcome_time"] - columns["event_time"])[positive]
         curve = DelayCurve.fit(delay, elapsed[positive])
         self.late_share[task] = late_share(self.loop.config, task, curve)
@@ -82,7 +82,7 @@ class WarmUp:
             numbers=columns["numbers"],
             user_key=columns["user_key"],
             segment_key=columns["segment_key"],
-            label=columns["label"].astype(np.float32),
+            label=columns["label"],
             weight=np.ones(len(order), np.float32),
             event_time=columns["event_time"],
             mature=columns["mature"],

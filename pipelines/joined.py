@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.label_windows import Emission
+from pipelines.label_news import Emission
 from pipelines.orphans import Orphan
 
 __all__ = ["Arrivals", "Closed", "Examples", "Joined", "NegativeDelay", "Outcomes", "StepLog"]
@@ -32,59 +33,91 @@ class Arrivals:
     def __len__(self) -> int:
         return len(self.impression_id)
 
+    def slice(self, start: int, stop: int) -> Arrivals:
+        """Rows ``[start, stop)``."""
+        rows = slice(start, stop)
+        features = {name: values[rows] for name, values in self.features.items()}
+        return Arrivals(self.impression_id[rows], self.event_time[rows], self.arrival_time[rows], features)
+
 
 @dataclass(frozen=True)
 class Outcomes:
     """Clicks or conversions of one step, in order of arrival.
 
-    ``positive`` is False for a retraction; ``position`` is int64 (n, 3): partition, offset and row at the
-    source.
+    ``op`` (int8) is a place in `pipelines.events.OPERATIONS`, ``credit`` (float64) what the outcome counts;
+    ``position`` is int64 (n, 3): partition, offset and row at the source.
     """
 
     impression_id: list[str]
     event_time: Ints
     arrival_time: Ints
     event_hash: NDArray[np.uint64]
-    positive: NDArray[np.bool_]
+    op: NDArray[np.int8]
+    credit: NDArray[np.float64]
     position: Ints
 
     def __len__(self) -> int:
         return len(self.impression_id)
 
-    def take(self, rows: Ints) -> Outcomes:
-        return Outcomes(
-            [self.impression_id[row] for row in rows.tolist()],
-            self.event_time[rows],
-            self.arrival_time[rows],
-            self.event_hash[rows],
-            self.positive[rows],
-            self.position[rows],
+    def slice(self, start: int, stop: int) -> Outcomes:
+        """Rows ``[start, stop)``."""
+        rows = slice(start, stop)
+        return Outcomes(**{name: values[rows] for name, values in vars(self).items()})
+
+    def orphan(self, row: int) -> Orphan:
+        """One row, to be held."""
+        partition, offset, message_row = self.position[row].tolist()
+        return Orphan(
+            self.impression_id[row],
+            int(self.event_time[row]),
+            int(self.arrival_time[row]),
+            int(self.event_hash[row]),
+            int(self.op[row]),
+            float(self.credit[row]),
+            (partition, offset, message_row),
         )
 
-    @classmethod
-    def of_orphans(cls, impression_id: str, orphans: list[Orphan]) -> Outcomes:
-        return cls(
-            [impression_id] * len(orphans),
-            np.array([orphan.event_time for orphan in orphans], np.int64),
-            np.array([orphan.arrival_time for orphan in orphans], np.int64),
-            np.array([orphan.event_hash for orphan in orphans], np.uint64),
-            np.array([orphan.positive for orphan in orphans], np.bool_),
-            np.array([orphan.position for orphan in orphans], np.int64).reshape(-1, 3),
-        )
+    def after(self, orphans: Sequence[Orphan]) -> Outcomes:
+        """These rows behind those that were held."""
+        if not orphans:
+            return self
+        columns: dict[str, Any] = {
+            name: np.concatenate(
+                [np.array([getattr(orphan, name) for orphan in orphans], values.dtype), values]
+            )
+            for name, values in vars(self).items()
+            if name != "impression_id"
+        }
+        return Outcomes([orphan.impression_id for orphan in orphans] + self.impression_id, **columns)
 
 
 @dataclass(frozen=True)
 class Examples:
     """Rows of one task in order of ``known_at``.
 
-    Times in ms; ``slot`` indexes `Joiner.features`; ``weight`` is the traffic ratio.
+    Attributes
+    ----------
+    slot : ndarray of int64, shape (n,)
+        Place in `Joiner.features`.
+    kind : ndarray of int8
+        FIRST, POSITIVE or CONFIRM of `pipelines.label_windows`.
+    label : ndarray of float64
+        In [0, 1].
+    label_version : ndarray of int32
+        How often the label of the window had changed by then.
+    event_time, known_at, elapsed : ndarray of int64
+        When the window opened; when the row could first be said and how old the window was then; ms.
+    weight : ndarray of float64
+        Share of the window that the row stands for, times the traffic ratio.
     """
 
     slot: Ints
     kind: NDArray[np.int8]
-    label: NDArray[np.int8]
+    label: NDArray[np.float64]
+    label_version: NDArray[np.int32]
     event_time: Ints
     known_at: Ints
+    elapsed: Ints
     weight: NDArray[np.float64]
 
     def __len__(self) -> int:
@@ -93,10 +126,13 @@ class Examples:
 
 @dataclass(frozen=True)
 class Closed:
-    """Windows of one task with their label; ``outcome_time`` is -1 where there was no outcome; ms."""
+    """Windows of one task with their label; ms.
+
+    ``outcome_time`` is when the outcome behind the label happened; it means nothing where the label is 0.
+    """
 
     slot: Ints
-    label: NDArray[np.int8]
+    label: NDArray[np.float64]
     event_time: Ints
     outcome_time: Ints
 
@@ -123,8 +159,8 @@ class Joined:
     negative. ``repeated`` marks the arrivals that had arrived before, (arrivals,).
     """
 
-    examples: tuple[Examples, Examples]
-    closed: tuple[Closed, Closed]
+    examples: tuple[Examples, ...]
+    closed: tuple[Closed, ...]
     counts: dict[tuple[int, str], int]
     negative_delays: list[NegativeDelay]
     repeated: NDArray[np.bool_]
@@ -132,17 +168,29 @@ class Joined:
 
 @dataclass
 class StepLog:
-    """What the step that is being processed has said and counted so far."""
+    """What the step that is being processed has said, closed and counted so far; the first two by task."""
 
-    emissions: tuple[list[Emission], list[Emission]] = field(default_factory=lambda: ([], []))
+    tasks: int
+    emissions: list[list[Emission]] = field(init=False)
+    closing: list[list[Ints]] = field(init=False)
     counts: dict[tuple[int, str], int] = field(default_factory=dict)
     negative_delays: list[NegativeDelay] = field(default_factory=list)
-    repeated: list[int] = field(default_factory=list)
+    repeated: list[Ints] = field(default_factory=list)
 
-    def tell(self, task: int, emission: Emission) -> None:
-        if len(emission.slot):
-            self.emissions[task].append(emission)
+    def __post_init__(self) -> None:
+        self.emissions = [[] for _ in range(self.tasks)]
+        self.closing = [[] for _ in range(self.tasks)]
+
+    def tell(self, task: int, emissions: Sequence[Emission]) -> None:
+        self.emissions[task] += [emission for emission in emissions if len(emission.slot)]
 
     def count(self, kind: int, what: str, n: int) -> None:
         if n:
             self.counts[kind, what] = self.counts.get((kind, what), 0) + n
+
+    def refuse(self, kind: int, orphan: Orphan, opened: int) -> None:
+        """Count an outcome that happened before what it belongs to (``opened``, ms) as a dead letter."""
+        self.count(kind, "dead_lettered", 1)
+        self.negative_delays.append(
+            NegativeDelay(kind, orphan.impression_id, orphan.event_time, opened, orphan.position)
+        )

@@ -7,30 +7,31 @@ they belong to are held as orphans for as long as it can still arrive.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.config_sections import AttributionConfig
+from pipelines.config_sections import TASKS, AttributionConfig, Task
+from pipelines.duration import DAY_MS
 from pipelines.events import CLICK, CONVERSION, IMPRESSION
-from pipelines.joined import Arrivals, Closed, Examples, Joined, NegativeDelay, Outcomes, StepLog
-from pipelines.label_windows import FIRST, POSITIVE, Emission, LabelWindows
+from pipelines.joined import Arrivals, Closed, Examples, Joined, Outcomes, StepLog
+from pipelines.label_fold import rounds
+from pipelines.label_news import CONFIRM, FIRST, POSITIVE, Emission, News
+from pipelines.label_windows import LabelWindows
 from pipelines.orphans import Orphan, Orphans
-from pipelines.traffic import MeanRatio, TrafficRate
+from pipelines.slot_table import Keys, SlotTable, hash_ids
+from pipelines.traffic import TrafficRatio
+from pipelines.view_through import Clicks, ViewThrough
 
 __all__ = ["CLICK_TASK", "CONVERSION_TASK", "TASKS", "Joiner"]
 
-TASKS = ("click", "conversion")
-CLICK_TASK, CONVERSION_TASK = 0, 1
+CLICK_TASK, CONVERSION_TASK, VIEW_TASK = 0, 1, 2
+_KIND_OF_TASK = (CLICK, CONVERSION, CONVERSION)
+_NEVER = np.iinfo(np.int64).max
 Ints = NDArray[np.int64]
 Flags = NDArray[np.bool_]
-
-# Re-emitted rows are weighted by the ratio of traffic now to traffic then; beyond this factor the ratio
-# says more about an outage than about the daily cycle.
-_TRAFFIC_RATIO_LIMIT = 8.0
-_FIRST_CAPACITY = 1024
 
 
 class Joiner:
@@ -39,14 +40,22 @@ class Joiner:
     Parameters
     ----------
     attribution : AttributionConfig
-    policy : {"wait", "vanilla", "esdfm", "fnw", "fnc"}, or one for each of TASKS
-    observation : int or one for each of TASKS, optional
+        Its view-through window, if any, makes the third task.
+    policy : str or one for each task
+        Of `pipelines.config_sections.Policy`.
+    observation : one for each task, optional
         How long a first row waits under a policy that waits, ms; the attribution's without it.
+    confirm_window : int, optional
+        Policy ``defer``: how long after its opening a window is said once more, ms; without it, when it has
+        closed.
     traffic_ratio : bool
-        Weight delayed positives by the rate of first rows now over the rate when theirs was said.
+        Weight rows that come again by the rate of first rows now over the rate when theirs was said.
 
     Attributes
     ----------
+    tasks : tuple of str
+    windows : tuple of LabelWindows
+        By task.
     features : dict of str to ndarray
         What travels with each impression, by slot.
     """
@@ -54,364 +63,384 @@ class Joiner:
     def __init__(
         self,
         attribution: AttributionConfig,
-        policy: str | tuple[str, str],
+        policy: str | Sequence[str],
         *,
-        observation: tuple[int, int] | None = None,
+        observation: Sequence[int] | None = None,
+        confirm_window: int | None = None,
         traffic_ratio: bool = True,
     ) -> None:
         self.attribution, self.traffic_ratio = attribution, traffic_ratio
-        policies = (policy, policy) if isinstance(policy, str) else policy
-        if observation is None:
-            observation = (attribution.observation("click"), attribution.observation("conversion"))
-        lateness = attribution.allowed_lateness
-        self._patience = attribution.click_window + lateness
-        self.windows = (
-            LabelWindows(attribution.click_window, observation[0], lateness, policies[0], _FIRST_CAPACITY),
+        self.tasks: tuple[Task, ...] = attribution.tasks
+        policies = [policy] * len(self.tasks) if isinstance(policy, str) else policy
+        waits = observation or [attribution.observation(task) for task in self.tasks]
+        self._patience = attribution.click_window + attribution.allowed_lateness
+        self._table = SlotTable()
+        self.windows = tuple(
             LabelWindows(
-                attribution.attribution_window, observation[1], lateness, policies[1], _FIRST_CAPACITY
-            ),
+                width=attribution.width(task),
+                lateness=attribution.allowed_lateness,
+                observation=wait,
+                policy=own_policy,
+                confirm=confirm_window,
+                capacity=self._table.capacity,
+            )
+            for task, own_policy, wait in zip(self.tasks, policies, waits, strict=True)
         )
-        self.traffic = (TrafficRate(), TrafficRate())
-        self.mean_ratio = (MeanRatio(), MeanRatio())
-        self.features: dict[str, NDArray[Any]] = {}
-        self._slot_of: dict[str, int] = {}
-        self._id_of: list[str | None] = [None] * _FIRST_CAPACITY
-        self._free = list(range(_FIRST_CAPACITY - 1, -1, -1))
+        self._views = ViewThrough(self.windows[VIEW_TASK], VIEW_TASK) if len(self.tasks) > VIEW_TASK else None
+        self._ratio = [TrafficRatio(kinds=2) for _ in self.tasks]
         self._orphans = {CLICK: Orphans(self._patience), CONVERSION: Orphans(self._patience)}
+        self.features: dict[str, NDArray[Any]] = {}
+        self._clock = -1
 
     def __len__(self) -> int:
         """Open impressions."""
-        return len(self._slot_of)
+        return len(self._table)
 
     def process(self, impressions: Arrivals, clicks: Outcomes, conversions: Outcomes, clock: int) -> Joined:
         """Apply one step of events; ``clock`` is the arrival time of the step's last event, ms.
 
-        1. Impressions open click windows; orphaned clicks that waited for them are applied.
-        2. Clicks are credited and open conversion windows; orphaned conversions are applied.
+        1. Impressions open click and view-through windows; orphaned clicks that waited for them come in.
+        2. Clicks are credited and open conversion windows; orphaned conversions come in.
         3. Conversions are credited.
         4. Timers up to ``clock`` are told, windows closed, orphans out of patience given up.
 
         The slots of closed windows stay readable until `release`.
         """
-        step = StepLog()
-        for matched in self._open_impressions(impressions, step):
-            self._credit_clicks(matched, step)
-        self._credit_clicks(clicks, step)
-        self._credit_conversions(conversions, step)
-        closing = []
-        for task, windows in enumerate(self.windows):
-            step.tell(task, windows.due(clock))
-            slots, emission = windows.close(clock)
-            step.tell(task, emission)
-            closing.append(slots)
-        for kind, orphans in self._orphans.items():
-            expired = orphans.expire(clock)
-            step.count(kind, "expired", expired)
-            step.count(kind, "pending", -expired)
-        click_rows, conversion_rows = (self._examples(task, step.emissions[task], clock) for task in (0, 1))
-        self._count_told((click_rows, conversion_rows), step)
-        click_closed, conversion_closed = (self._closed(task, closing[task], step) for task in (0, 1))
+        step = StepLog(len(self.tasks))
+        kinds = (impressions, clicks, conversions)
+        start = [0, 0, 0]
+        for midnight in self._midnights(kinds, clock):
+            stop = [int(np.searchsorted(events.arrival_time, midnight)) for events in kinds]
+            self._advance(impressions, clicks, conversions, start, stop, midnight - 1, step)
+            for task, windows in enumerate(self.windows):
+                if windows.policy == "relabel":
+                    step.tell(task, windows.daily(midnight))
+            start = stop
+        self._advance(impressions, clicks, conversions, start, [len(events) for events in kinds], clock, step)
+        self._clock = clock
+        examples = tuple(self._examples(task, step, clock) for task in range(len(self.tasks)))
+        self._count_told(examples, step)
+        closed = tuple(self._closed(task, step) for task in range(len(self.tasks)))
         repeated = np.zeros(len(impressions), np.bool_)
-        repeated[step.repeated] = True
-        return Joined(
-            (click_rows, conversion_rows),
-            (click_closed, conversion_closed),
-            step.counts,
-            step.negative_delays,
-            repeated,
-        )
+        for rows in step.repeated:
+            repeated[rows] = True
+        return Joined(examples, closed, step.counts, step.negative_delays, repeated)
 
     def release(self, joined: Joined) -> None:
         """Free the slots whose last window closed in this step."""
-        closed = np.concatenate([part.slot for part in joined.closed])
-        done = ~(self.windows[0].is_open[closed] | self.windows[1].is_open[closed])
-        for slot in dict.fromkeys(closed[done].tolist()):
-            name = self._id_of[slot]
-            if name is not None:
-                del self._slot_of[name]
-                self._id_of[slot] = None
-                self._free.append(slot)
+        closed = np.unique(np.concatenate([part.slot for part in joined.closed]))
+        is_open = np.zeros(len(closed), np.bool_)
+        for windows in self.windows:
+            is_open |= windows.is_open[closed]
+        self._table.remove(closed[~is_open])
 
     def open_windows(self, task: int) -> Closed:
         """The windows of a task that are open now, with the label known so far, by time of opening."""
         windows = self.windows[task]
         slot = np.flatnonzero(windows.is_open)
         slot = slot[np.argsort(windows.opened[slot], kind="stable")]
-        return Closed(slot, windows.label[slot], windows.opened[slot], windows.outcome_time[slot])
+        return Closed(slot, windows.credit[slot], windows.opened[slot], windows.happened[slot])
 
-    def ids(self, slots: Ints) -> list[str | None]:
-        """Impression of each slot."""
-        return [self._id_of[slot] for slot in slots.tolist()]
+    # One stretch of events -----------------------------------------------------------------------------
+
+    def _advance(
+        self,
+        impressions: Arrivals,
+        clicks: Outcomes,
+        conversions: Outcomes,
+        start: list[int],
+        stop: list[int],
+        clock: int,
+        step: StepLog,
+    ) -> None:
+        fresh = self._open_impressions(impressions.slice(start[0], stop[0]), start[0], step)
+        known = self.windows[CLICK_TASK].known
+        waited = self._waiting_for(CLICK, fresh, known[fresh], step)
+        credited = self._credit_clicks(clicks.slice(start[1], stop[1]).after(waited), step)
+        waited = self._waiting_for(CONVERSION, credited.slot, credited.known, step)
+        arrived = conversions.slice(start[2], stop[2]).after(waited)
+        self._credit_conversions(arrived, step)
+        self._hear_views(arrived, fresh, credited, step)
+        for task, windows in enumerate(self.windows):
+            step.tell(task, windows.due(clock))
+            slots, emissions = windows.close(clock)
+            step.tell(task, emissions)
+            step.closing[task].append(slots)
+            if task == CLICK_TASK and self._views is not None:
+                self._views.settle(slots, self._table.keys, self._orphans[CONVERSION], step)
+        for kind, orphans in self._orphans.items():
+            expired = orphans.expire(clock)
+            step.count(kind, "expired", expired)
+            step.count(kind, "pending", -expired)
+
+    def _midnights(self, kinds: tuple[Arrivals, Outcomes, Outcomes], clock: int) -> range:
+        """The midnights (UTC) of the arrival clock in this step, where a policy speaks at midnight."""
+        if all(windows.policy != "relabel" for windows in self.windows):
+            return range(0)
+        arrived = [int(events.arrival_time[0]) for events in kinds if len(events)]
+        last = self._clock if self._clock >= 0 else min(arrived, default=clock)
+        return range((last // DAY_MS + 1) * DAY_MS, clock + 1, DAY_MS)
 
     # Impressions ---------------------------------------------------------------------------------------
 
-    def _open_impressions(self, arrivals: Arrivals, step: StepLog) -> list[Outcomes]:
+    def _open_impressions(self, arrivals: Arrivals, offset: int, step: StepLog) -> Ints:
+        """Slots of the impressions that are new."""
         if len(arrivals) == 0:
-            return []
-        ids, slot_of = arrivals.impression_id, self._slot_of
-        is_late = (arrivals.arrival_time > arrivals.event_time + self._patience).tolist()
-        fresh: list[int] = []
-        for row, name in enumerate(ids):
-            if name in slot_of:
-                step.count(IMPRESSION, "duplicate", 1)
-                step.repeated.append(row)
-            elif is_late[row]:
-                step.count(IMPRESSION, "late", 1)
-            else:
-                slot_of[name] = -1
-                fresh.append(row)
-        rows = np.array(fresh, np.int64)
-        slots = self._take_slots(len(fresh))
-        for row, slot in zip(fresh, slots.tolist(), strict=True):
-            slot_of[ids[row]] = slot
-            self._id_of[slot] = ids[row]
-        self._store_features(slots, rows, arrivals.features)
-        step.count(IMPRESSION, "pending", len(fresh))
-        known = arrivals.arrival_time[rows]
-        step.tell(CLICK_TASK, self.windows[0].open(slots, arrivals.event_time[rows], known))
-        return list(self._waiting_for(CLICK, [ids[row] for row in fresh], known, step))
+            return np.zeros(0, np.int64)
+        keys = hash_ids(arrivals.impression_id)
+        in_time = arrivals.arrival_time <= arrivals.event_time + self._patience
+        slots = np.full(len(arrivals), -1, np.int64)
+        is_new = np.zeros(len(arrivals), np.bool_)
+        slots[in_time], is_new[in_time] = self._table.add(keys[in_time])
+        if not in_time.all():
+            slots[~in_time] = self._table.find(keys[~in_time])
+        repeated = np.flatnonzero((slots >= 0) & ~is_new)
+        step.repeated.append(repeated + offset)
+        step.count(IMPRESSION, "duplicate", len(repeated))
+        step.count(IMPRESSION, "late", int((slots < 0).sum()))
+        rows = np.flatnonzero(is_new)
+        fresh = slots[rows]
+        self._grow()
+        self._store_features(fresh, rows, arrivals.features)
+        step.count(IMPRESSION, "pending", len(rows))
+        for task in (CLICK_TASK, VIEW_TASK)[: len(self.tasks) - 1]:
+            opened, known = arrivals.event_time[rows], arrivals.arrival_time[rows]
+            step.tell(task, self.windows[task].open(fresh, opened, known))
+        return fresh
 
     def _store_features(self, slots: Ints, rows: Ints, features: dict[str, NDArray[Any]]) -> None:
         for name, values in features.items():
             if name not in self.features:
-                self.features[name] = np.zeros((len(self._id_of), *values.shape[1:]), values.dtype)
+                self.features[name] = np.zeros((self._table.capacity, *values.shape[1:]), values.dtype)
             self.features[name][slots] = values[rows]
 
-    def _take_slots(self, n: int) -> Ints:
-        while len(self._free) < n:
-            capacity = len(self._id_of)
-            for windows in self.windows:
-                windows.grow(2 * capacity)
-            for name, column in self.features.items():
-                larger = np.zeros((2 * capacity, *column.shape[1:]), column.dtype)
-                larger[:capacity] = column
-                self.features[name] = larger
-            self._id_of += [None] * capacity
-            self._free = list(range(2 * capacity - 1, capacity - 1, -1)) + self._free
-        taken = self._free[len(self._free) - n :][::-1]
-        del self._free[len(self._free) - n :]
-        return np.array(taken, np.int64)
+    def _grow(self) -> None:
+        """Make room in all columns for the slots of the table."""
+        capacity = self._table.capacity
+        if len(self.windows[0].opened) == capacity:
+            return
+        for windows in self.windows:
+            windows.grow(capacity)
+        for name, column in self.features.items():
+            larger = np.zeros((capacity, *column.shape[1:]), column.dtype)
+            larger[: len(column)] = column
+            self.features[name] = larger
+
+    # Orphans -------------------------------------------------------------------------------------------
+
+    def _held(self, kind: int, slots: Ints) -> Iterator[tuple[int, Orphan]]:
+        """What is held for slots: row of the slot, and event."""
+        orphans = self._orphans[kind]
+        if len(orphans):
+            keys = self._table.keys[slots]
+            for row in range(len(slots)):
+                for orphan in orphans.get(keys[row].tobytes()):
+                    yield row, orphan
+
+    def _waiting_for(self, kind: int, slots: Ints, known: Ints, step: StepLog) -> list[Orphan]:
+        """What was held for slots that are known now; out of patience is out of the game."""
+        found = list(self._held(kind, slots))
+        step.count(kind, "pending", -len(found))
+        for row in dict.fromkeys(row for row, _ in found):
+            self._orphans[kind].take(self._table.keys[slots[row]].tobytes())
+        in_time = [orphan for row, orphan in found if int(known[row]) - orphan.arrival_time <= self._patience]
+        step.count(kind, "expired", len(found) - len(in_time))
+        return in_time
 
     # Outcomes ------------------------------------------------------------------------------------------
 
-    def _credit_clicks(self, clicks: Outcomes, step: StepLog) -> None:
+    def _credit_clicks(self, clicks: Outcomes, step: StepLog) -> Clicks:
+        """Credit the first click of each impression; returns those that are new."""
         windows = self.windows[CLICK_TASK]
-        for part, slot, known in self._rounds(CLICK, clicks, step):
-            fresh = windows.outcome_hash[slot] == 0
-            self._count_repeats(CLICK, part, slot, ~fresh, step)
-            if not fresh.all():
-                part, slot, known = part.take(np.flatnonzero(fresh)), slot[fresh], known[fresh]
-            if len(slot) == 0:
-                continue
-            step.count(CLICK, "pending", len(slot))
-            for emission in windows.outcome(slot, part.event_time, known, part.positive, part.event_hash):
-                step.tell(CLICK_TASK, emission)
-            step.tell(CONVERSION_TASK, self.windows[CONVERSION_TASK].open(slot, part.event_time, known))
-            for matched in self._waiting_for(CONVERSION, part.impression_id, known, step):
-                self._credit_conversions(matched, step)
+        keys = hash_ids(clicks.impression_id)
+        slot = self._table.find(keys)
+        rows = self._accepted(CLICK, clicks, keys, slot, np.zeros(len(slot), np.bool_), step)
+        first = next(rounds(slot[rows]), np.zeros(0, np.int64))
+        first = first[windows.credit[slot[rows[first]]] == 0]
+        news = _news(windows, clicks, slot, rows[first])
+        emissions, _ = windows.hear(news)
+        step.tell(CLICK_TASK, emissions)
+        windows.remember(news.slot, news.event_hash)
+        others = np.delete(rows, first)
+        copies = int(windows.is_copy(slot[others], clicks.event_hash[others]).sum())
+        step.count(CLICK, "pending", len(news))
+        step.count(CLICK, "duplicate", copies)
+        step.count(CLICK, "superseded", len(others) - copies)
+        opened = self.windows[CONVERSION_TASK].open(news.slot, news.event_time, news.known)
+        step.tell(CONVERSION_TASK, opened)
+        return Clicks(news.slot, news.event_time, news.known)
 
     def _credit_conversions(self, conversions: Outcomes, step: StepLog) -> None:
         windows = self.windows[CONVERSION_TASK]
-        for part, slot, known in self._rounds(CONVERSION, conversions, step):
-            # The first assertion wins; a retraction is always heard.
-            repeated = part.positive & ((windows.label[slot] == 1) | windows.positive_said[slot])
-            self._count_repeats(CONVERSION, part, slot, repeated, step)
-            unheard = repeated & (windows.label[slot] == 1)
-            if unheard.any():
-                # The label stays, but a retraction that happened before this assertion is void.
-                windows.assert_again(slot[unheard], part.event_time[unheard])
-                rows = np.flatnonzero(~unheard)
-                part, slot, known, repeated = part.take(rows), slot[rows], known[rows], repeated[rows]
-            if len(slot) == 0:
-                continue
-            step.count(CONVERSION, "superseded", int((~part.positive).sum()))
-            counted = part.positive & ~repeated
-            step.count(CONVERSION, "pending", int(counted.sum()))
-            for emission in windows.outcome(slot, part.event_time, known, part.positive, part.event_hash):
-                step.tell(CONVERSION_TASK, emission)
-            windows.unsaid[slot[repeated]] -= 1
+        keys = hash_ids(conversions.impression_id)
+        slot = self._table.find(keys)
+        rows = self._accepted(CONVERSION, conversions, keys, slot, self._of_views(conversions, slot)[1], step)
+        for turn in rounds(slot[rows]):
+            news = _news(windows, conversions, slot, rows[turn])
+            copy = windows.is_copy(news.slot, news.event_hash)
+            news = news.take(~copy)
+            emissions, to_be_said = windows.hear(news)
+            step.tell(CONVERSION_TASK, emissions)
+            windows.remember(news.slot, news.event_hash)
+            step.count(CONVERSION, "duplicate", int(copy.sum()))
+            step.count(CONVERSION, "pending", int(to_be_said.sum()))
+            # What does not raise the label replaces what was said of it, or is replaced.
+            step.count(CONVERSION, "superseded", int((~to_be_said).sum()))
 
-    def _rounds(self, kind: int, outcomes: Outcomes, step: StepLog) -> Iterator[tuple[Outcomes, Ints, Ints]]:
-        """Outcomes inside their windows, in rounds that name no slot twice, with slot and known time."""
-        if len(outcomes) == 0:
-            return
-        windows = self.windows[kind - 1]
-        slot = np.array([self._slot_of.get(name, -1) for name in outcomes.impression_id], np.int64)
+    def _accepted(
+        self, kind: int, outcomes: Outcomes, keys: Keys, slot: Ints, is_views: Flags, step: StepLog
+    ) -> Ints:
+        """Rows that their window accepts; the others are held or refused, unless a view-through window's."""
+        windows, clicked = self.windows[kind - 1], self.windows[CLICK_TASK].credit
         is_open = (slot >= 0) & windows.is_open[slot]
-        if not is_open.all():
-            self._hold(kind, outcomes, slot, is_open, step)
-        patient = windows.known[slot] - outcomes.arrival_time <= self._patience
         accepted = is_open & windows.accepts(slot, outcomes.event_time, outcomes.arrival_time)
-        if not accepted[is_open].all():
-            self._refuse(kind, outcomes, slot, np.flatnonzero(is_open & ~accepted), step)
-        step.count(kind, "expired", int((accepted & ~patient).sum()))
-        rest = np.flatnonzero(accepted & patient)
-        known = np.maximum(outcomes.arrival_time, windows.known[slot])
-        while len(rest):
-            _, first = np.unique(slot[rest], return_index=True)
-            chosen = rest[np.sort(first)]
-            yield outcomes.take(chosen), slot[chosen], known[chosen]
-            if len(chosen) == len(rest):
-                return
-            rest = np.setdiff1d(rest, chosen, assume_unique=True)
-
-    def _hold(self, kind: int, outcomes: Outcomes, slot: Ints, is_open: Flags, step: StepLog) -> None:
-        clicked = self.windows[CLICK_TASK].outcome_hash
-        for row in np.flatnonzero(~is_open).tolist():
+        for row in np.flatnonzero(~is_open & ~is_views).tolist():
             place = int(slot[row])
-            if place >= 0 and (kind == CLICK or clicked[place] != 0):
+            if place >= 0 and (kind == CLICK or clicked[place] > 0):
                 # Its window has closed; the slot lives on for another one.
-                same = self.windows[kind - 1].outcome_hash[place] == outcomes.event_hash[row]
-                step.count(kind, "duplicate" if same else "late", 1)
-                continue
-            partition, offset, message_row = outcomes.position[row].tolist()
-            orphan = Orphan(
-                int(outcomes.event_time[row]),
-                int(outcomes.arrival_time[row]),
-                int(outcomes.event_hash[row]),
-                bool(outcomes.positive[row]),
-                (partition, offset, message_row),
-            )
-            held = self._orphans[kind].hold(outcomes.impression_id[row], orphan)
-            step.count(kind, "pending" if held else "duplicate", 1)
-
-    def _waiting_for(self, kind: int, ids: list[str], known: Ints, step: StepLog) -> Iterator[Outcomes]:
-        orphans = self._orphans[kind]
-        if len(orphans) == 0:
-            return
-        for row, name in enumerate(ids):
-            held = orphans.take(name)
-            if not held:
-                continue
-            step.count(kind, "pending", -len(held))
-            in_time = [orphan for orphan in held if int(known[row]) - orphan.arrival_time <= self._patience]
-            step.count(kind, "expired", len(held) - len(in_time))
-            if in_time:
-                yield Outcomes.of_orphans(name, in_time)
-
-    def _refuse(self, kind: int, outcomes: Outcomes, slot: Ints, refused: Ints, step: StepLog) -> None:
-        opened = self.windows[kind - 1].opened[slot]
-        for row in refused.tolist():
-            if outcomes.event_time[row] >= opened[row]:
+                is_copy = windows.first_hash[place] == outcomes.event_hash[row]
+                step.count(kind, "duplicate" if is_copy else "late", 1)
+            else:
+                is_new = self._orphans[kind].hold(keys[row].tobytes(), outcomes.orphan(row))
+                step.count(kind, "pending" if is_new else "duplicate", 1)
+        for row in np.flatnonzero(is_open & ~accepted & ~is_views).tolist():
+            # Beside view-through windows a conversion before its click is late for what it belongs to.
+            base = windows if self._views is None else self.windows[CLICK_TASK]
+            if outcomes.event_time[row] >= base.opened[slot[row]]:
                 step.count(kind, "late", 1)
-                continue
-            step.count(kind, "dead_lettered", 1)
-            partition, offset, message_row = outcomes.position[row].tolist()
-            step.negative_delays.append(
-                NegativeDelay(
-                    kind,
-                    outcomes.impression_id[row],
-                    int(outcomes.event_time[row]),
-                    int(opened[row]),
-                    (partition, offset, message_row),
-                )
-            )
+            else:
+                step.refuse(kind, outcomes.orphan(row), int(windows.opened[slot[row]]))
+        is_patient = windows.known[slot] - outcomes.arrival_time <= self._patience
+        step.count(kind, "expired", int((accepted & ~is_patient).sum()))
+        return np.flatnonzero(accepted & is_patient)
 
-    def _count_repeats(
-        self, kind: int, outcomes: Outcomes, slot: Ints, repeated: Flags, step: StepLog
-    ) -> None:
-        if not repeated.any():
+    # View-through windows ------------------------------------------------------------------------------
+
+    def _of_views(self, conversions: Outcomes, slot: Ints) -> tuple[Flags, Flags]:
+        """Conversions that a view-through window accepts, and those of them that no click can claim."""
+        if self._views is None:
+            return np.zeros(len(slot), np.bool_), np.zeros(len(slot), np.bool_)
+        clicks, conversion, views = self.windows
+        accepted = (
+            (slot >= 0)
+            & views.accepts(slot, conversions.event_time, conversions.arrival_time)
+            & (views.known[slot] - conversions.arrival_time <= self._patience)
+        )
+        before_click = conversions.event_time < conversion.opened[slot]
+        unclaimed = np.where(clicks.credit[slot] > 0, before_click, ~clicks.is_open[slot])
+        return accepted, accepted & unclaimed
+
+    def _hear_views(self, conversions: Outcomes, fresh: Ints, clicks: Clicks, step: StepLog) -> None:
+        """Let view-through windows hear a step's conversions, and orphans of impressions that are new."""
+        if self._views is None:
             return
-        same = self.windows[kind - 1].outcome_hash[slot] == outcomes.event_hash
-        step.count(kind, "duplicate", int((repeated & same).sum()))
-        step.count(kind, "superseded", int((repeated & ~same).sum()))
+        # Those of a clicked impression are among the conversions.
+        unclicked = fresh[self.windows[CLICK_TASK].credit[fresh] == 0]
+        conversions = conversions.after([orphan for _, orphan in self._held(CONVERSION, unclicked)])
+        slot = self._table.find(hash_ids(conversions.impression_id))
+        accepted, is_own = self._of_views(conversions, slot)
+        rows = np.flatnonzero(accepted)
+        news, is_own = _news(self.windows[VIEW_TASK], conversions, slot, rows), is_own[rows]
+        clicked = self.windows[CLICK_TASK].credit[news.slot] > 0
+        conversion = self.windows[CONVERSION_TASK]
+        click_is_known = clicked & (conversion.known[news.slot] <= news.known)
+        rest = ~click_is_known | (news.event_time < conversion.opened[news.slot])
+        may_come = np.where(clicked, ~click_is_known, self.windows[CLICK_TASK].is_open[news.slot])
+        self._views.hear(news.take(rest), is_own[rest], may_come[rest], clicks, step)
 
     # Rows ----------------------------------------------------------------------------------------------
 
-    def _examples(self, task: int, emissions: list[Emission], clock: int) -> Examples:
-        windows = self.windows[task]
-        parts = emissions or [Emission.of(np.zeros(0, np.int64), np.zeros(0, np.int64), FIRST, 0)]
-        slot = np.concatenate([part.slot for part in parts])
-        known_at = np.concatenate([part.known_at for part in parts])
-        kind = np.concatenate([part.kind for part in parts])
-        label = np.concatenate([part.label for part in parts])
-        order = np.argsort(known_at, kind="stable")
-        slot, kind, label = slot[order], kind[order], label[order]
-        weight = np.ones(len(slot))
-        again = kind == POSITIVE
-        traffic = self.traffic[task]
-        if not again.all():
-            traffic.update(int((~again).sum()), clock)
-            windows.traffic[slot[~again]] = traffic.rate
-        if self.traffic_ratio and again.any():
-            then, now = windows.traffic[slot[again]].astype(np.float64), traffic.rate_at(clock)
-            # A rate of 0 means that nothing has been measured yet.
-            ratio = np.divide(now, then, out=np.ones_like(then), where=(then > 0) & (now > 0))
-            ratio = np.clip(ratio, 1 / _TRAFFIC_RATIO_LIMIT, _TRAFFIC_RATIO_LIMIT)
-            # Every positive is said once: in the long run its weight must be 1. Where outcomes prefer busy
-            # hours the bare ratio exceeds that.
-            weight[again] = ratio / self.mean_ratio[task].update(ratio)
-        return Examples(slot, kind, label, windows.opened[slot], known_at[order], weight)
+    def _examples(self, task: int, step: StepLog, clock: int) -> Examples:
+        windows, traffic = self.windows[task], self._ratio[task]
+        said = Emission.concat(step.emissions[task])
+        weight = said.weight.copy()
+        first = said.kind == FIRST
+        if first.any():
+            windows.traffic[said.slot[first]] = traffic.first_rows(int(first.sum()), clock)
+        if self.traffic_ratio and windows.policy != "relabel":
+            for number, kind in enumerate((POSITIVE, CONFIRM)):
+                rows = np.flatnonzero(said.kind == kind)
+                if len(rows):
+                    then = windows.traffic[said.slot[rows]].astype(np.float64)
+                    weight[rows] *= traffic.again(number, then, clock)
+        return Examples(
+            said.slot,
+            said.kind,
+            said.label,
+            said.label_version,
+            windows.opened[said.slot],
+            said.known_at,
+            said.elapsed,
+            weight,
+        )
 
-    def _count_told(self, examples: tuple[Examples, Examples], step: StepLog) -> None:
+    def _count_told(self, examples: Sequence[Examples], step: StepLog) -> None:
         """Events leave ``pending`` for ``trained`` when the first row that needs them has been said."""
         first = int((examples[CLICK_TASK].kind == FIRST).sum())
         step.count(IMPRESSION, "trained", first)
         step.count(IMPRESSION, "pending", -first)
-        for task, kind in ((CLICK_TASK, CLICK), (CONVERSION_TASK, CONVERSION)):
-            unsaid = self.windows[task].unsaid
-            said = examples[task].slot[examples[task].label == 1]
-            waiting = int(unsaid[said].sum())
-            step.count(kind, "trained", len(said))
-            step.count(kind, "superseded", waiting - len(said))
+        for windows, rows, kind in zip(self.windows, examples, _KIND_OF_TASK, strict=False):
+            said = np.unique(rows.slot[rows.label > 0])
+            waiting, trained = int(windows.unsaid[said].sum()), int((windows.unsaid[said] > 0).sum())
+            step.count(kind, "trained", trained)
+            step.count(kind, "superseded", waiting - trained)
             step.count(kind, "pending", -waiting)
-            unsaid[said] = 0
+            windows.unsaid[said] = 0
 
-    def _closed(self, task: int, slot: Ints, step: StepLog) -> Closed:
-        windows = self.windows[task]
-        # Accepted, then retracted before any row said it: nothing is left to learn from it.
+    def _closed(self, task: int, step: StepLog) -> Closed:
+        windows, kind = self.windows[task], _KIND_OF_TASK[task]
+        slot = np.concatenate(step.closing[task])
+        # Accepted, but never said: nothing is left to learn from it.
         unsaid = int(windows.unsaid[slot].sum())
-        step.count(task + 1, "superseded", unsaid)
-        step.count(task + 1, "pending", -unsaid)
+        step.count(kind, "superseded", unsaid)
+        step.count(kind, "pending", -unsaid)
         windows.unsaid[slot] = 0
-        return Closed(slot, windows.label[slot], windows.opened[slot], windows.outcome_time[slot])
+        return Closed(slot, windows.credit[slot], windows.opened[slot], windows.happened[slot])
 
     # State ---------------------------------------------------------------------------------------------
 
     def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         """Arrays and plain data that hold all of it; `load_state` goes on identically."""
-        names = [name or "" for name in self._id_of]
-        text = "".join(names).encode()
-        arrays: dict[str, NDArray[Any]] = {
-            "id_bytes": np.frombuffer(text, np.uint8),
-            "id_lengths": np.array([len(name.encode()) for name in names], np.int32),
-            "free": np.array(self._free, np.int64),
-        }
+        arrays: dict[str, NDArray[Any]] = {f"table_{k}": v for k, v in self._table.state().items()}
         arrays.update({f"feature_{name}": column for name, column in self.features.items()})
-        for task, windows in zip(TASKS, self.windows, strict=True):
+        for task, windows in zip(self.tasks, self.windows, strict=True):
             arrays.update({f"{task}_{name}": value for name, value in windows.state().items()})
-        plain = {
-            "traffic": [rate.state() for rate in self.traffic],
-            "mean_ratio": [mean.state() for mean in self.mean_ratio],
+        plain: dict[str, Any] = {
+            "clock": self._clock,
+            "traffic": [ratio.state() for ratio in self._ratio],
             "orphans": {str(kind): orphans.state() for kind, orphans in self._orphans.items()},
+            "views": [] if self._views is None else self._views.state(),
         }
         return arrays, plain
 
     def load_state(self, arrays: dict[str, NDArray[Any]], plain: dict[str, Any]) -> None:
         """Continue from a `state`."""
-        text, ends = arrays["id_bytes"].tobytes(), np.cumsum(arrays["id_lengths"]).tolist()
-        names = [text[start:end].decode() for start, end in zip([0, *ends[:-1]], ends, strict=True)]
-        self._id_of = [name or None for name in names]
-        self._slot_of = {name: slot for slot, name in enumerate(names) if name}
-        self._free = arrays["free"].tolist()
-        self.features = {
-            name.removeprefix("feature_"): np.array(column)
-            for name, column in arrays.items()
-            if name.startswith("feature_")
-        }
-        for task, windows in zip(TASKS, self.windows, strict=True):
-            prefix = f"{task}_"
-            windows.load_state(
-                {
-                    name.removeprefix(prefix): value
-                    for name, value in arrays.items()
-                    if name.startswith(prefix)
-                }
-            )
-        first, second = (TrafficRate.from_state(state) for state in plain["traffic"])
-        self.traffic = (first, second)
-        click_mean, conversion_mean = (MeanRatio(*state) for state in plain["mean_ratio"])
-        self.mean_ratio = (click_mean, conversion_mean)
+        self._clock = plain["clock"]
+        self._table.load_state(_under("table_", arrays))
+        self.features = {name: np.array(column) for name, column in _under("feature_", arrays).items()}
+        for task, windows in zip(self.tasks, self.windows, strict=True):
+            windows.load_state(_under(f"{task}_", arrays))
+        for ratio, state in zip(self._ratio, plain["traffic"], strict=True):
+            ratio.load_state(state)
         self._orphans = {
             int(kind): Orphans.from_state(self._patience, held) for kind, held in plain["orphans"].items()
         }
+        if self._views is not None:
+            self._views.load_state(plain["views"])
+
+
+def _under(prefix: str, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def _news(windows: LabelWindows, outcomes: Outcomes, slot: Ints, rows: Ints) -> News:
+    """Some rows of outcomes, as news of their windows."""
+    place = slot[rows]
+    return News(
+        place,
+        outcomes.event_time[rows],
+        np.maximum(outcomes.arrival_time[rows], windows.known[place]),
+        outcomes.op[rows],
+        outcomes.credit[rows],
+        outcomes.event_hash[rows],
+    )

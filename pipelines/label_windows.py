@@ -1,53 +1,32 @@
 """The open label windows of one task, as columns: opened, told, closed.
 
-The incremental form of the windows in `pipelines.attribution`: the same policies, many windows at once.
+The incremental form of the windows in `pipelines.attribution`: the same label, the same policies, many
+windows at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.duration import DAY_MS
+from pipelines.label_fold import LONG_AGO, apply_outcomes
+from pipelines.label_news import CONFIRM, FIRST, POSITIVE, Emission, News, WindowLabel
 from pipelines.timers import TimerWheel
 
-__all__ = ["FIRST", "POSITIVE", "Emission", "LabelWindows"]
+__all__ = ["LabelWindows"]
 
-FIRST, POSITIVE = 0, 1
-# Policies whose first row waits for the observation window.
-_WAITING = ("vanilla", "esdfm")
+# What a window has said: nothing; that it is negative, so that a positive may follow; that it is positive;
+# all that it has to say.
+_UNSAID, _NEGATIVE, _POSITIVE, _FINISHED = 0, 1, 2, 3
+_AT_ONCE = ("fnw", "fnc")
+_WAITING = ("vanilla", "esdfm", "defuse", "bidefuse", "defer")
+
 Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
-
-
-@dataclass(frozen=True)
-class Emission:
-    """Rows to be said: arrays of equal length.
-
-    Attributes
-    ----------
-    slot, known_at : ndarray of int64
-    kind : ndarray of int8
-        FIRST or POSITIVE (a delayed positive).
-    label : ndarray of int8
-    """
-
-    slot: Ints
-    known_at: Ints
-    kind: NDArray[np.int8]
-    label: NDArray[np.int8]
-
-    @classmethod
-    def of(cls, slot: Ints, known_at: Ints, kind: int, label: int | NDArray[np.int8]) -> Emission:
-        n = len(slot)
-        return cls(
-            slot,
-            known_at,
-            np.full(n, kind, np.int8),
-            np.broadcast_to(np.int8(label), n).copy() if isinstance(label, int) else label,
-        )
 
 
 class LabelWindows:
@@ -55,69 +34,99 @@ class LabelWindows:
 
     Parameters
     ----------
-    width, observation, lateness : int
-        Width of the window, how long to wait before the first emission (policies ``vanilla`` and ``esdfm``)
-        and how long after its end events may still arrive; ms.
-    policy : {"wait", "vanilla", "esdfm", "fnw", "fnc"}
+    width, lateness : int
+        Width of the window and how long after its end events may still arrive, ms.
+    observation : int
+        How long policies that wait do so before the first row, ms.
+    policy : str
+        One of `pipelines.config_sections.Policy`.
+    confirm : int or None
+        Policy ``defer``: how long after its opening a window is said once more, ms; None: when it closes.
+    capacity : int
+        Number of slots.
 
     Notes
     -----
-    ``unsaid`` counts the accepted positive outcomes of a window that no row has said yet.
+    ``unsaid`` counts the accepted outcomes of a window that raised its label from 0 and that no row has said
+    yet; ``time`` is the event time of the last outcome that had a say, ``happened`` of the one that raised
+    the label.
     """
 
     _COLUMNS: ClassVar[dict[str, type[np.generic]]] = {
         "opened": np.int64,
         "known": np.int64,
-        "outcome_time": np.int64,
-        "outcome_hash": np.uint64,
-        "label": np.int8,
-        "is_open": np.bool_,
-        "first_said": np.bool_,
-        "positive_said": np.bool_,
+        "credit": np.float64,
+        "time": np.int64,
+        "happened": np.int64,
+        "first_hash": np.uint64,
+        "version": np.int32,
         "unsaid": np.int32,
         "traffic": np.float32,
+        "stage": np.uint8,
+        "is_open": np.bool_,
     }
     opened: Ints
     known: Ints
-    outcome_time: Ints
-    outcome_hash: NDArray[np.uint64]
-    label: NDArray[np.int8]
-    is_open: Flags
-    first_said: Flags
-    positive_said: Flags
+    credit: Floats
+    time: Ints
+    happened: Ints
+    first_hash: NDArray[np.uint64]
+    version: NDArray[np.int32]
     unsaid: NDArray[np.int32]
     traffic: NDArray[np.float32]
+    stage: NDArray[np.uint8]
+    is_open: Flags
+    said: Floats
 
-    def __init__(self, width: int, observation: int, lateness: int, policy: str, capacity: int) -> None:
-        self.width, self.observation, self.lateness, self.policy = width, observation, lateness, policy
+    def __init__(
+        self, *, width: int, lateness: int, observation: int, policy: str, confirm: int | None, capacity: int
+    ) -> None:
+        self.width, self.lateness, self.observation = width, lateness, observation
+        self.policy, self.confirm = policy, confirm
         self._closing = TimerWheel((width + lateness) // 2048)
         self._waiting = TimerWheel(max(1, observation) // 512)
-        for name, dtype in self._COLUMNS.items():
+        self._confirming = TimerWheel((width + lateness) // 2048)
+        # Hashes of the outcomes of a window beside its first: few windows have any.
+        self._more: dict[int, list[int]] = {}
+        self._columns = dict(self._COLUMNS)
+        if policy == "defer":
+            # The credit of the delayed positive that has been said.
+            self._columns["said"] = np.float64
+        for name, dtype in self._columns.items():
             setattr(self, name, np.zeros(capacity, dtype))
 
     def grow(self, capacity: int) -> None:
-        for name in self._COLUMNS:
+        for name in self._columns:
             column = getattr(self, name)
             larger = np.zeros(capacity, column.dtype)
             larger[: len(column)] = column
             setattr(self, name, larger)
 
-    def open(self, slot: Ints, opened: Ints, known: Ints) -> Emission:
+    # Opening and closing -------------------------------------------------------------------------------
+
+    def open(self, slot: Ints, opened: Ints, known: Ints) -> list[Emission]:
         """Open windows; returns the rows that the policy says at once."""
-        self.opened[slot], self.known[slot] = opened, known
-        self.outcome_time[slot], self.outcome_hash[slot] = -1, 0
-        self.label[slot], self.is_open[slot] = 0, True
-        self.first_said[slot], self.positive_said[slot] = False, False
-        self.unsaid[slot] = 0
-        self.traffic[slot] = 0.0
-        # One tick late: whatever arrives at the very instant of closing still counts.
-        self._closing.set(slot, np.maximum(opened + (self.width + self.lateness), known) + 1)
+        for name in self._columns:
+            getattr(self, name)[slot] = 0
+        self.opened[slot], self.known[slot], self.is_open[slot] = opened, known, True
+        self.time[slot] = self.happened[slot] = LONG_AGO
+        # One tick late: whatever arrives at the very instant still counts.
+        closed = self.closed(slot)
+        if self.policy == "relabel":
+            closed = (closed // DAY_MS + 1) * DAY_MS - 1
+        self._closing.set(slot, closed + 1)
         if self.policy in _WAITING:
-            self._waiting.set(slot, np.maximum(opened + self.observation, known) + 1)
-        if self.policy in ("fnw", "fnc"):
-            self.first_said[slot] = True
-            return Emission.of(slot, known, FIRST, 0)
-        return Emission.of(slot[:0], known[:0], FIRST, 0)
+            self._waiting.set(slot, self._first_due(slot) + 1)
+        if self.policy == "defer":
+            self._confirming.set(slot, self._last_due(slot) + 1)
+        if self.policy in _AT_ONCE:
+            self.stage[slot] = _NEGATIVE
+            return [self._rows(slot, FIRST, known, known)]
+        return []
+
+    def closed(self, slot: Ints) -> Ints:
+        """From when on nothing can change a window, ms."""
+        return np.maximum(self.opened[slot] + (self.width + self.lateness), self.known[slot])
 
     def accepts(self, slot: Ints, event_time: Ints, arrival_time: Ints) -> Flags:
         """Whether outcomes lie inside their window and arrived before it closed."""
@@ -129,67 +138,180 @@ class LabelWindows:
             & (arrival_time <= opened + (self.width + self.lateness))
         )
 
-    def outcome(
-        self, slot: Ints, event_time: Ints, known: Ints, positive: Flags, event_hash: NDArray[np.uint64]
-    ) -> list[Emission]:
-        """Apply accepted outcomes, at most one a slot; returns the rows that follow at once."""
+    def due(self, clock: int) -> list[Emission]:
+        """Rows of timers up to a moment: first rows after waiting, and policy ``defer``'s last ones."""
         emissions = []
         if self.policy in _WAITING:
-            due = np.maximum(self.opened[slot] + self.observation, self.known[slot])
-            overdue = ~self.first_said[slot] & (due < known)
-            if overdue.any():
-                late = slot[overdue]
-                emissions.append(Emission.of(late, due[overdue] + 1, FIRST, self.label[late]))
-                self.positive_said[late] |= self.label[late] == 1
-                self.first_said[late] = True
-        last = self.outcome_time[slot]
-        newer, same = event_time > last, event_time == last
-        label = np.where(
-            newer, positive, np.where(same, (self.label[slot] == 1) & positive, self.label[slot])
-        )
-        self.label[slot] = label
-        self.outcome_time[slot] = np.maximum(last, event_time)
-        self.outcome_hash[slot] = np.where(self.outcome_hash[slot] == 0, event_hash, self.outcome_hash[slot])
-        self.unsaid[slot] += positive
-        if self.policy != "wait":
-            tell = (label == 1) & self.first_said[slot] & ~self.positive_said[slot]
-            self.positive_said[slot[tell]] = True
-            emissions.append(Emission.of(slot[tell], known[tell], POSITIVE, 1))
+            slot, due = self._waiting.pop(clock)
+            rows = self.is_open[slot] & (self.stage[slot] == _UNSAID)
+            emissions += self._say_first(slot[rows], due[rows] - 1)
+        if self.policy == "defer":
+            slot, due = self._confirming.pop(clock)
+            rows = self.is_open[slot] & (self.stage[slot] != _FINISHED)
+            emissions += self._say_last(slot[rows], due[rows] - 1)
         return emissions
 
-    def assert_again(self, slot: Ints, event_time: Ints) -> None:
-        """Another assertion of windows whose label is 1, at most one a slot."""
-        self.outcome_time[slot] = np.maximum(self.outcome_time[slot], event_time)
-
-    def due(self, clock: int) -> Emission:
-        """First rows whose waiting time has passed (policies ``vanilla`` and ``esdfm``)."""
-        slot, due = self._waiting.pop(clock)
-        untold = ~self.first_said[slot] & self.is_open[slot]
-        slot, due = slot[untold], due[untold]
-        self.first_said[slot] = True
-        self.positive_said[slot] |= self.label[slot] == 1
-        return Emission.of(slot, due, FIRST, self.label[slot])
-
-    def close(self, clock: int) -> tuple[Ints, Emission]:
-        """Slots whose window has closed, and the rows that this says (policy ``wait``)."""
+    def close(self, clock: int) -> tuple[Ints, list[Emission]]:
+        """Slots whose window has closed by a moment, and the rows that this says (policy ``wait``)."""
         slot, due = self._closing.pop(clock)
         self.is_open[slot] = False
+        if self._more:
+            for each in slot.tolist():
+                self._more.pop(each, None)
         if self.policy != "wait":
-            return slot, Emission.of(slot[:0], due[:0], FIRST, 0)
-        self.first_said[slot] = True
-        self.positive_said[slot] = self.label[slot] == 1
-        return slot, Emission.of(slot, due, FIRST, self.label[slot])
+            return slot, []
+        self.stage[slot] = np.where(self.credit[slot] > 0, _POSITIVE, _FINISHED)
+        return slot, [self._rows(slot, FIRST, due - 1, due, self.credit[slot])]
+
+    def daily(self, midnight: int) -> list[Emission]:
+        """Policy ``relabel``: every open window with the label known before midnight (ms)."""
+        slot = np.flatnonzero(self.is_open & (self.known < midnight))
+        kind = np.where(self.stage[slot] == _UNSAID, FIRST, CONFIRM)
+        self.stage[slot] = _NEGATIVE
+        at = np.full(len(slot), midnight - 1)
+        return [self._rows(slot, kind, at, at + 1, self.credit[slot])]
+
+    # Outcomes ------------------------------------------------------------------------------------------
+
+    def hear(self, news: News) -> tuple[list[Emission], Flags]:
+        """Apply accepted outcomes; returns the rows that follow at once, and which outcomes are to be said.
+
+        An outcome is to be said if it raises the label from 0 and no positive row has been said before.
+        """
+        emissions = self.catch_up(news.slot, news.known)
+        slot = news.slot
+        change = apply_outcomes(self.credit[slot], self.time[slot], news.event_time, news.op, news.credit)
+        self.credit[slot], self.time[slot] = change.credit, change.time
+        self.version[slot] += change.changes
+        self.happened[slot] = np.where(change.rises, news.event_time, self.happened[slot])
+        to_be_said = change.rises & (self.stage[slot] <= _NEGATIVE)
+        self.unsaid[slot] += to_be_said
+        return emissions + self._say_positive(slot, news.known), to_be_said
+
+    def is_copy(self, slot: Ints, event_hash: NDArray[np.uint64]) -> Flags:
+        """Whether an outcome has been heard before (see `remember`)."""
+        first = self.first_hash[slot]
+        copy = (first == event_hash) & (first != 0)
+        if self._more:
+            for row in np.flatnonzero(~copy & (first != 0)).tolist():
+                copy[row] = int(event_hash[row]) in self._more.get(int(slot[row]), ())
+        return np.asarray(copy, np.bool_)
+
+    def remember(self, slot: Ints, event_hash: NDArray[np.uint64]) -> None:
+        """Remember outcomes, at most one a slot, so that a copy is known as one."""
+        is_first = self.first_hash[slot] == 0
+        self.first_hash[slot[is_first]] = event_hash[is_first]
+        for row in np.flatnonzero(~is_first).tolist():
+            self._more.setdefault(int(slot[row]), []).append(int(event_hash[row]))
+
+    def is_positive_said(self, slot: Ints) -> Flags:
+        """Whether no later outcome will be said, for a positive row has been."""
+        return np.asarray(self.stage[slot] >= _POSITIVE, np.bool_)
+
+    def catch_up(self, slot: Ints, known: Ints) -> list[Emission]:
+        """Rows of timers that were due before the news at ``known``, slots named once."""
+        emissions = []
+        if self.policy in _WAITING:
+            due = self._first_due(slot)
+            rows = (self.stage[slot] == _UNSAID) & (due < known)
+            if rows.any():
+                emissions += self._say_first(slot[rows], due[rows])
+        if self.policy == "defer":
+            due = self._last_due(slot)
+            rows = (self.stage[slot] != _FINISHED) & (due < known)
+            if rows.any():
+                emissions += self._say_last(slot[rows], due[rows])
+        return emissions
+
+    def set_label(self, slot: int, known: int, label: WindowLabel) -> list[Emission]:
+        """Set a label anew; returns the rows that follow at once."""
+        one = np.array([slot])
+        emissions = self.catch_up(one, np.array([known]))
+        self.credit[slot], self.time[slot], self.happened[slot], self.version[slot] = label
+        return emissions + self._say_positive(one, np.array([known]))
+
+    # Rows ----------------------------------------------------------------------------------------------
+
+    def _first_due(self, slot: Ints) -> Ints:
+        return np.maximum(self.opened[slot] + self.observation, self.known[slot])
+
+    def _last_due(self, slot: Ints) -> Ints:
+        last = self.closed(slot)
+        if self.confirm is not None:
+            last = np.minimum(last, self.opened[slot] + self.confirm)
+        return np.maximum(last, self._first_due(slot))
+
+    def _say_first(self, slot: Ints, at: Ints) -> list[Emission]:
+        credit = self.credit[slot]
+        positive = credit > 0
+        emissions = [self._rows(slot, FIRST, at, at + 1, credit)]
+        if self.policy == "defer":
+            emissions.append(
+                self._rows(slot[positive], CONFIRM, at[positive], at[positive] + 1, credit[positive])
+            )
+        self.stage[slot] = np.where(positive, _FINISHED, _NEGATIVE)
+        return emissions
+
+    def _say_positive(self, slot: Ints, known: Ints) -> list[Emission]:
+        if self.policy in ("wait", "relabel"):
+            return []
+        rows = (self.credit[slot] > 0) & (self.stage[slot] == _NEGATIVE)
+        if not rows.any():
+            return []
+        slot, known = slot[rows], known[rows]
+        self.stage[slot] = _POSITIVE
+        credit = self.credit[slot]
+        if self.policy == "defer":
+            self.said[slot] = credit
+        return [self._rows(slot, POSITIVE, known, known, np.ones(len(slot)), credit)]
+
+    def _say_last(self, slot: Ints, at: Ints) -> list[Emission]:
+        share = 1.0 - self.said[slot]
+        self.stage[slot] = _FINISHED
+        rows = share > 0
+        slot, at, share = slot[rows], at[rows], share[rows]
+        return [self._rows(slot, CONFIRM, at, at + 1, np.zeros(len(slot)), share)]
+
+    def _rows(
+        self,
+        slot: Ints,
+        kind: int | Ints,
+        at: Ints,
+        known_at: Ints,
+        label: Floats | None = None,
+        weight: Floats | None = None,
+    ) -> Emission:
+        n = len(slot)
+        return Emission(
+            slot,
+            known_at,
+            np.minimum(at - self.opened[slot], self.width),
+            np.broadcast_to(np.asarray(kind, np.int8), n),
+            np.zeros(n) if label is None else label,
+            np.ones(n) if weight is None else weight,
+            self.version[slot],
+        )
+
+    # State ---------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, NDArray[np.generic]]:
-        arrays: dict[str, NDArray[np.generic]] = {name: getattr(self, name) for name in self._COLUMNS}
-        for prefix, wheel in (("closing", self._closing), ("waiting", self._waiting)):
-            arrays.update({f"{prefix}_{name}": value for name, value in wheel.state().items()})
+        arrays: dict[str, NDArray[np.generic]] = {name: getattr(self, name) for name in self._columns}
+        for name, wheel in self._wheels().items():
+            arrays.update({f"{name}_{part}": value for part, value in wheel.state().items()})
+        pairs = [(slot, value) for slot, values in self._more.items() for value in values]
+        arrays["more_slot"] = np.array([slot for slot, _ in pairs], np.int64)
+        arrays["more_hash"] = np.array([value for _, value in pairs], np.uint64)
         return arrays
 
     def load_state(self, arrays: dict[str, NDArray[np.generic]]) -> None:
-        for name, dtype in self._COLUMNS.items():
+        for name, dtype in self._columns.items():
             setattr(self, name, np.array(arrays[name], dtype))
-        for prefix in ("closing", "waiting"):
-            wheel = getattr(self, f"_{prefix}")
-            timers = {name: np.array(arrays[f"{prefix}_{name}"], np.int64) for name in ("slots", "due")}
-            setattr(self, f"_{prefix}", TimerWheel.from_state(wheel.width, timers))
+        for name, wheel in self._wheels().items():
+            timers = {part: arrays[f"{name}_{part}"] for part in ("slots", "due")}
+            setattr(self, f"_{name}", TimerWheel.from_state(wheel.width, timers))
+        self._more = {}
+        for slot, value in zip(arrays["more_slot"].tolist(), arrays["more_hash"].tolist(), strict=True):
+            self._more.setdefault(slot, []).append(value)
+
+    def _wheels(self) -> dict[str, TimerWheel]:
+        return {"closing": self._closing, "waiting": self._waiting, "confirming": self._confirming}

@@ -1,7 +1,7 @@
 """What came of each impression and of each click, as known at a moment: the labels of a whole log at once.
 
-The columnar form of `pipelines.attribution.rows` with policy ``relabel``, for whoever judges predictions
-against a log rather than learns from a stream; a property test holds the two against each other.
+The columnar form of `pipelines.attribution.labels_as_of`, for whoever judges predictions against a log
+rather than learns from a stream; a property test holds the two against each other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from pipelines.config import Task
 from pipelines.config_sections import AttributionConfig
-from pipelines.events import CLICK, CONVERSION, IMPRESSION
+from pipelines.events import CLICK, CONVERSION, IMPRESSION, OPERATIONS
+from pipelines.hashing import hash_column
+from pipelines.label_fold import LONG_AGO, apply_outcomes, rounds
 
 __all__ = ["NO_OUTCOME", "Outcome", "latest_arrival", "outcomes_as_of"]
 
@@ -35,27 +37,30 @@ class Outcome:
     impression_id : pa.Array of string, (n,)
         Each once.
     opened : (n,) int64
-        When the window opened: the impression (task click) or the credited click (task conversion). Event
-        time, ms.
+        When the window opened: the impression (tasks click and view_through) or the credited click (task
+        conversion). Event time, ms.
     known : (n,) int64
         When it was known that the window had opened. Arrival time, ms.
     closes : (n,) int64
         From when on the label is final. Arrival time, ms.
-    label : (n,) int8
-        1 if, of the outcomes known, the last in event time asserts.
+    label : (n,) float64
+        The credit of its outcome, in [0, 1].
+    label_version : (n,) int32
+        How often the label has changed.
     mature : (n,) bool
         Whether the window had closed.
     outcome_delay : (n,) int64
-        ms from opening to the first positive outcome in event time; `NO_OUTCOME` where the label is 0.
+        ms from opening to the outcome that raised the label from 0; `NO_OUTCOME` where the label is 0.
     outcome_known : (n,) int64
-        Arrival time of that outcome, ms; `NO_OUTCOME` where the label is 0.
+        Since when that outcome and its window are known, ms; `NO_OUTCOME` where the label is 0.
     """
 
     impression_id: pa.Array
     opened: Ints
     known: Ints
     closes: Ints
-    label: NDArray[np.int8]
+    label: NDArray[np.float64]
+    label_version: NDArray[np.int32]
     mature: Flags
     outcome_delay: Ints
     outcome_known: Ints
@@ -66,25 +71,66 @@ class Outcome:
 
 @dataclass(frozen=True)
 class _Events:
-    """First deliveries of one kind that had arrived; ``window`` is the row of what they are credited to."""
+    """First deliveries of one kind that had arrived, in order of arrival; ``window`` is the row of what they
+    are credited to, ``op`` a place in OPERATIONS.
+    """
 
     impression_id: pa.Array
-    event_id: pa.Array
     event_time: Ints
     arrival_time: Ints
-    asserts: Flags
+    op: NDArray[np.int8]
+    credit: NDArray[np.float64]
     window: Ints
+
+    def __len__(self) -> int:
+        return len(self.event_time)
 
     def take(self, rows: Ints | Flags) -> _Events:
         places = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
         return _Events(
             self.impression_id.take(pa.array(places)),
-            self.event_id.take(pa.array(places)),
             self.event_time[places],
             self.arrival_time[places],
-            self.asserts[places],
+            self.op[places],
+            self.credit[places],
             self.window[places],
         )
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Label windows before their outcomes are known."""
+
+    impression_id: pa.Array
+    opened: Ints
+    known: Ints
+    width: int
+    closes: Ints
+    patience: int
+
+    @classmethod
+    def of(cls, events: _Events, known: Ints, width: int, attribution: AttributionConfig) -> _Windows:
+        lateness = attribution.allowed_lateness
+        closes = events.event_time + (width + lateness)
+        patience = attribution.click_window + lateness
+        return cls(events.impression_id, events.event_time, known, width, closes, patience)
+
+    def __len__(self) -> int:
+        return len(self.opened)
+
+    def accepted(self, outcomes: _Events) -> _Events:
+        """The outcomes that happened in their window and arrived neither too late nor too early."""
+        opened = self.opened[outcomes.window]
+        return outcomes.take(
+            (outcomes.event_time >= opened)
+            & (outcomes.event_time <= opened + self.width)
+            & (outcomes.arrival_time <= self.closes[outcomes.window])
+            & (self.known[outcomes.window] - outcomes.arrival_time <= self.patience)
+        )
+
+    def known_of(self, outcomes: _Events) -> Ints:
+        """Since when outcomes and their windows are known, ms."""
+        return np.maximum(outcomes.arrival_time, self.known[outcomes.window])
 
 
 def latest_arrival(tables: Tables) -> int:
@@ -94,7 +140,7 @@ def latest_arrival(tables: Tables) -> int:
 
 
 def outcomes_as_of(tables: Tables, attribution: AttributionConfig, as_of: int) -> dict[Task, Outcome]:
-    """Windows and labels of both tasks, as known at a moment.
+    """Windows and labels of all tasks, as known at a moment.
 
     Parameters
     ----------
@@ -108,11 +154,11 @@ def outcomes_as_of(tables: Tables, attribution: AttributionConfig, as_of: int) -
     -------
     dict of task to Outcome
         ``click`` has a row for each impression, ``conversion`` one for each impression with a credited
-        click. An impression that arrived after its own window had closed has none.
+        click, ``view_through``, where it has a window, one for each impression. An impression that arrived
+        after its own window had closed has none.
 
     Examples
     --------
-    from pipelines.config_sections import AttributionConfig
     >>> ids = {"event_id": ["i", "j"], "impression_id": ["i", "j"]}
     >>> shown = pa.table(ids | {"event_time": [0, 0], "arrival_time": [0, 0]})
     >>> clicked = pa.table(
@@ -120,127 +166,102 @@ def outcomes_as_of(tables: Tables, attribution: AttributionConfig, as_of: int) -
     ... )
     >>> found = outcomes_as_of((shown, clicked, clicked.slice(0, 0)), AttributionConfig(), as_of=10_000)
     >>> found["click"].label.tolist(), found["click"].outcome_delay.tolist(), len(found["conversion"])
-    ([0, 1], [-1, 5000], 1)
+    ([0.0, 1.0], [-1, 5000], 1)
     """
     impressions = _first_deliveries(tables[IMPRESSION], as_of)
+    # In the order in which they were logged.
+    impressions = impressions.take(np.argsort(impressions.window, kind="stable"))
     closes = impressions.event_time + (attribution.click_window + attribution.allowed_lateness)
-    in_time = impressions.arrival_time <= closes
-    impressions, closes = impressions.take(in_time), closes[in_time]
-    clicks = _credited_clicks(tables[CLICK], impressions, closes, attribution, as_of)
-    # A click and its impression may arrive in either order: the later of the two makes both known.
-    known = np.maximum(clicks.arrival_time, impressions.arrival_time[clicks.window])
-    shown = len(impressions.event_time)
-    delay, said = np.full(shown, NO_OUTCOME, np.int64), np.full(shown, NO_OUTCOME, np.int64)
-    delay[clicks.window] = clicks.event_time - impressions.event_time[clicks.window]
-    said[clicks.window] = known
-    return {
-        "click": Outcome(
-            impression_id=impressions.impression_id,
-            opened=impressions.event_time,
-            known=impressions.arrival_time,
-            closes=closes,
-            label=(said != NO_OUTCOME).astype(np.int8),
-            mature=as_of > closes,
-            outcome_delay=delay,
-            outcome_known=said,
-        ),
-        "conversion": _conversion_windows(tables[CONVERSION], clicks, known, attribution, as_of),
+    impressions = impressions.take(impressions.arrival_time <= closes)
+    shown = _Windows.of(impressions, impressions.arrival_time, attribution.click_window, attribution)
+    clicks = shown.accepted(_first_deliveries(tables[CLICK], as_of, impressions.impression_id))
+    # The first click to arrive, by row of its impression.
+    clicks = clicks.take(np.unique(clicks.window, return_index=True)[1].astype(np.int64))
+    known = shown.known_of(clicks)
+    clicked = _Windows.of(clicks, known, attribution.attribution_window, attribution)
+    conversions = clicked.accepted(_first_deliveries(tables[CONVERSION], as_of, clicks.impression_id))
+    found: dict[Task, Outcome] = {
+        "click": _labelled(shown, clicks, as_of),
+        "conversion": _labelled(clicked, conversions, as_of),
     }
+    if attribution.view_through_window is not None:
+        seen = _Windows.of(
+            impressions, impressions.arrival_time, attribution.view_through_window, attribution
+        )
+        others = seen.accepted(_first_deliveries(tables[CONVERSION], as_of, impressions.impression_id))
+        found["view_through"] = _labelled(seen, others.take(~_claimed(seen, others, clicks, known)), as_of)
+    return found
 
 
-def _credited_clicks(
-    table: pa.Table, impressions: _Events, closes: Ints, attribution: AttributionConfig, as_of: int
-) -> _Events:
-    """The first click to arrive of each impression, by row of the impression."""
-    clicks = _first_deliveries(table, as_of, impressions.impression_id)
-    if len(clicks.window) == 0:
-        return clicks
-    shown = impressions.event_time[clicks.window]
-    waited = impressions.arrival_time[clicks.window] - clicks.arrival_time
-    clicks = clicks.take(
-        (clicks.event_time >= shown)
-        & (clicks.event_time <= shown + attribution.click_window)
-        & (clicks.arrival_time <= closes[clicks.window])
-        & (waited <= attribution.click_window + attribution.allowed_lateness)
+def _claimed(seen: _Windows, conversions: _Events, clicks: _Events, known: Ints) -> Flags:
+    """Conversions at or after a click that was known before their view-through window had closed."""
+    never = np.iinfo(np.int64).max
+    click_time, click_known = np.full(len(seen), never), np.full(len(seen), never)
+    click_time[clicks.window], click_known[clicks.window] = clicks.event_time, known
+    is_known = click_known <= np.maximum(seen.closes, seen.known)
+    return np.asarray(
+        is_known[conversions.window] & (conversions.event_time >= click_time[conversions.window]), np.bool_
     )
-    clicks = clicks.take(np.lexsort((clicks.arrival_time, clicks.window)))
-    earliest = _is_first(clicks.window) | _is_first(clicks.arrival_time)
-    # A run of one window and arrival time: of those, the least event id is the first.
-    first = _is_first(clicks.window)
-    tied = np.flatnonzero(first[:-1] & ~earliest[1:]) if len(first) else np.zeros(0, np.int64)
-    chosen = np.flatnonzero(first)
-    if len(tied):
-        place = np.searchsorted(chosen, tied)
-        chosen[place] = [_least_event_id(clicks, int(start), earliest) for start in tied]
-    return clicks.take(chosen)
 
 
-def _least_event_id(clicks: _Events, start: int, starts_run: Flags) -> int:
-    stop = start + 1
-    while stop < len(starts_run) and not starts_run[stop]:
-        stop += 1
-    return min(range(start, stop), key=lambda row: str(clicks.event_id[row]))
-
-
-def _conversion_windows(
-    table: pa.Table, clicks: _Events, known: Ints, attribution: AttributionConfig, as_of: int
-) -> Outcome:
-    closes = clicks.event_time + (attribution.attribution_window + attribution.allowed_lateness)
-    outcomes = _first_deliveries(table, as_of, clicks.impression_id)
-    opened = clicks.event_time[outcomes.window]
-    waited = known[outcomes.window] - outcomes.arrival_time
-    outcomes = outcomes.take(
-        (outcomes.event_time >= opened)
-        & (outcomes.event_time <= opened + attribution.attribution_window)
-        & (outcomes.arrival_time <= closes[outcomes.window])
-        & (waited <= attribution.click_window + attribution.allowed_lateness)
+def _labelled(windows: _Windows, outcomes: _Events, as_of: int) -> Outcome:
+    """The labels of windows by their accepted outcomes, each of which is applied in order of arrival."""
+    n = len(windows)
+    credit, time = np.zeros(n), np.full(n, LONG_AGO)
+    version = np.zeros(n, np.int32)
+    delay, said = np.full(n, NO_OUTCOME, np.int64), np.full(n, NO_OUTCOME, np.int64)
+    known = windows.known_of(outcomes)
+    for rows in rounds(outcomes.window):
+        window = outcomes.window[rows]
+        change = apply_outcomes(
+            credit[window], time[window], outcomes.event_time[rows], outcomes.op[rows], outcomes.credit[rows]
+        )
+        credit[window], time[window] = change.credit, change.time
+        version[window] += change.changes
+        raised = rows[change.rises]
+        delay[outcomes.window[raised]] = outcomes.event_time[raised] - windows.opened[outcomes.window[raised]]
+        said[outcomes.window[raised]] = known[raised]
+    positive = credit > 0
+    return Outcome(
+        impression_id=windows.impression_id,
+        opened=windows.opened,
+        known=windows.known,
+        closes=windows.closes,
+        label=credit,
+        label_version=version,
+        mature=as_of > windows.closes,
+        outcome_delay=np.where(positive, delay, NO_OUTCOME),
+        outcome_known=np.where(positive, said, NO_OUTCOME),
     )
-    windows = len(clicks.event_time)
-    # The last instant decides, and at one instant a retraction wins.
-    last = np.full(windows, np.iinfo(np.int64).min)
-    np.maximum.at(last, outcomes.window, outcomes.event_time)
-    decides = outcomes.event_time == last[outcomes.window]
-    label = np.zeros(windows, np.int8)
-    label[outcomes.window[decides]] = 1
-    label[outcomes.window[decides & ~outcomes.asserts]] = 0
-    delay, said = np.full(windows, NO_OUTCOME, np.int64), np.full(windows, NO_OUTCOME, np.int64)
-    counts = outcomes.asserts & (label[outcomes.window] == 1)
-    told = outcomes.take(counts)
-    told = told.take(np.lexsort((told.arrival_time, told.event_time, told.window)))
-    told = told.take(_is_first(told.window))
-    delay[told.window] = told.event_time - clicks.event_time[told.window]
-    said[told.window] = np.maximum(told.arrival_time, known[told.window])
-    return Outcome(clicks.impression_id, clicks.event_time, known, closes, label, as_of > closes, delay, said)
-
-
-def _is_first(values: Ints) -> Flags:
-    """Whether each value differs from the one before it."""
-    return np.append(True, values[1:] != values[:-1])[: len(values)]
 
 
 def _first_deliveries(table: pa.Table, as_of: int, of: pa.Array | None = None) -> _Events:
-    """Events without redeliveries, as far as arrived; with ``of``, those of the impressions in it."""
-    n = table.num_rows
-    event_time, arrival_time = _numbers(table, "event_time"), _numbers(table, "arrival_time")
-    event_id, impression_id = _text(table, "event_id"), _text(table, "impression_id")
-    encoded = event_id.dictionary_encode()
-    rows: Ints = np.arange(n)
-    if len(encoded.dictionary) < n:
-        # Written last to first, so that the earliest arrival of each id stays.
-        order = np.lexsort((-rows, arrival_time))[::-1]
-        first = np.zeros(len(encoded.dictionary), np.int64)
-        first[encoded.indices.to_numpy(zero_copy_only=False)[order]] = order
-        rows = np.sort(first)
-    window: Ints = np.arange(n)
+    """Events without redeliveries, as far as arrived, in order of arrival and then of the hash of their id.
+
+    With ``of`` those of the impressions in it, ``window`` being their place there; else the table's rows.
+    """
+    arrival_time, impression_id = _numbers(table, "arrival_time"), _text(table, "impression_id")
+    window: Ints = np.arange(table.num_rows)
     if of is not None:
         place = pc.index_in(impression_id, value_set=of)
         window = pc.fill_null(place, -1).to_numpy(zero_copy_only=False).astype(np.int64)
-    asserts = np.ones(n, np.bool_)
-    if "op" in table.column_names and n:
-        retracts = pc.fill_null(pc.equal(table.column("op"), "retract"), False)
-        asserts = ~np.asarray(retracts.to_numpy(zero_copy_only=False), np.bool_)
-    everything = _Events(impression_id, event_id, event_time, arrival_time, asserts, window)
-    return everything.take(rows[(arrival_time[rows] <= as_of) & (window[rows] >= 0)])
+    rows = np.flatnonzero((arrival_time <= as_of) & (window >= 0))
+    rows = rows[np.argsort(arrival_time[rows], kind="stable")]
+    event_id = _text(table, "event_id").take(pa.array(rows))
+    encoded = event_id.dictionary_encode()
+    if len(encoded.dictionary) < len(rows):
+        first = np.unique(encoded.indices.to_numpy(zero_copy_only=False), return_index=True)[1]
+        rows, event_id = rows[np.sort(first)], event_id.take(pa.array(np.sort(first)))
+    if of is not None and len(rows):
+        rows = rows[np.lexsort((hash_column(event_id), arrival_time[rows]))]
+    op, credit = np.zeros(table.num_rows, np.int8), np.ones(table.num_rows)
+    if "op" in table.column_names and table.num_rows:
+        named = pc.index_in(table.column("op"), value_set=pa.array(OPERATIONS))
+        op = pc.fill_null(named, 0).to_numpy().astype(np.int8)
+    if "credit" in table.column_names and table.num_rows:
+        credit = pc.fill_null(table.column("credit"), 1.0).to_numpy()
+    everything = _Events(impression_id, _numbers(table, "event_time"), arrival_time, op, credit, window)
+    return everything.take(rows)
 
 
 def _numbers(table: pa.Table, name: str) -> Ints:

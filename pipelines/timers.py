@@ -8,7 +8,10 @@ from numpy.typing import NDArray
 __all__ = ["TimerWheel"]
 
 _NEVER = np.iinfo(np.int64).max
+# Many small arrays cost more than what is in them: a bucket with more than this many is made one.
+_LARGEST_BUCKET = 32
 Slots = NDArray[np.int64]
+Entry = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 
 class TimerWheel:
@@ -29,7 +32,7 @@ class TimerWheel:
 
     def __init__(self, width: int) -> None:
         self.width = max(1, width)
-        self._buckets: dict[int, list[tuple[Slots, Slots]]] = {}
+        self._buckets: dict[int, list[Entry]] = {}
         self._next_due = _NEVER
 
     def __len__(self) -> int:
@@ -43,12 +46,12 @@ class TimerWheel:
         bucket = due // self.width
         first = int(bucket[0])
         if (bucket == first).all():
-            self._buckets.setdefault(first, []).append((slots, due))
+            self._put(first, slots, due)
             return
         order = np.argsort(bucket, kind="stable")
         cuts = np.flatnonzero(np.diff(bucket[order])) + 1
         for part in np.split(order, cuts):
-            self._buckets.setdefault(int(bucket[part[0]]), []).append((slots[part], due[part]))
+            self._put(int(bucket[part[0]]), slots[part], due[part])
 
     def pop(self, clock: int) -> tuple[Slots, Slots]:
         """Slots and due times of all timers with ``due <= clock``, ordered by due time, then by setting."""
@@ -67,26 +70,32 @@ class TimerWheel:
             slots, due = slots[~late], due[~late]
         self._next_due = self._earliest()
         order = np.argsort(due, kind="stable")
-        return slots[order], due[order]
+        return slots[order].astype(np.int64), due[order]
 
-    def state(self) -> dict[str, Slots]:
+    def state(self) -> dict[str, NDArray[np.generic]]:
         """All timers in the order of their buckets and of setting."""
         found = [self._merged(self._buckets[bucket]) for bucket in sorted(self._buckets)]
         if not found:
-            return {"slots": np.zeros(0, np.int64), "due": np.zeros(0, np.int64)}
+            return {"slots": np.zeros(0, np.int32), "due": np.zeros(0, np.int64)}
         return {
             "slots": np.concatenate([slots for slots, _ in found]),
             "due": np.concatenate([due for _, due in found]),
         }
 
     @classmethod
-    def from_state(cls, width: int, state: dict[str, Slots]) -> TimerWheel:
+    def from_state(cls, width: int, state: dict[str, NDArray[np.generic]]) -> TimerWheel:
         wheel = cls(width)
-        wheel.set(state["slots"], state["due"])
+        wheel.set(np.array(state["slots"], np.int64), np.array(state["due"], np.int64))
         return wheel
 
+    def _put(self, bucket: int, slots: Slots, due: Slots) -> None:
+        entries = self._buckets.setdefault(bucket, [])
+        entries.append((slots.astype(np.int32), due))
+        if len(entries) > _LARGEST_BUCKET:
+            self._buckets[bucket] = [self._merged(entries)]
+
     @staticmethod
-    def _merged(entries: list[tuple[Slots, Slots]]) -> tuple[Slots, Slots]:
+    def _merged(entries: list[Entry]) -> Entry:
         if len(entries) == 1:
             return entries[0]
         return np.concatenate([slots for slots, _ in entries]), np.concatenate([due for _, due in entries])

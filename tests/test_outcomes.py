@@ -8,15 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.attribution import Event, rows
+from pipelines.attribution import Event, labels_as_of
 from pipelines.config_sections import AttributionConfig
 from pipelines.events import CLICK, CONVERSION, IMPRESSION
+from pipelines.hashing import hash_text
 from pipelines.outcomes import NO_OUTCOME, Tables, latest_arrival, outcomes_as_of
 from pipelines.simulator import SimulationConfig, simulate
+from tests.label_logs import END, Rule, logs
 
-WINDOWS = AttributionConfig(
-    click_window=40, attribution_window=100, observation_window=15, allowed_lateness=20
-)
+WINDOWS = Rule().attribution
 
 
 def tables_of(events: list[Event]) -> Tables:
@@ -30,64 +30,57 @@ def tables_of(events: list[Event]) -> Tables:
         }
         if kind == CONVERSION:
             columns["op"] = pa.array([event.op for event in chosen], pa.string())
+            columns["credit"] = pa.array(
+                [None if event.credit == 1 else event.credit for event in chosen], pa.float64()
+            )
         return pa.table(columns)
 
     return table(IMPRESSION), table(CLICK), table(CONVERSION)
 
 
-@st.composite
-def logs(draw: st.DrawFn) -> list[Event]:
-    events = []
-    for n in range(draw(st.integers(0, 4))):
-        name = f"i{n}"
-        start = draw(st.integers(0, 60))
-        events.append(Event(IMPRESSION, name, name, start, start + draw(st.integers(0, 70))))
-        for m in range(draw(st.integers(0, 4))):
-            # Few distinct delays, so that several clicks arrive at one instant.
-            time = start + draw(st.integers(-5, 50))
-            arrival = max(time, start + draw(st.sampled_from([10, 40, 59, 60, 61, 90])))
-            events.append(Event(CLICK, f"c{draw(st.integers(0, 9))}.{n}.{m}", name, time, arrival))
-        for m in range(draw(st.integers(0, 4))):
-            time = start + draw(st.sampled_from([-1, 0, 5, 20, 20, 40, 99, 150]))
-            op = draw(st.sampled_from(["assert", "assert", "retract", "restate"]))
-            events.append(Event(CONVERSION, f"v{n}.{m}", name, time, time + draw(st.integers(0, 80)), op))
-    if events:
-        for event in draw(st.lists(st.sampled_from(events), max_size=3)):
-            events.append(event._replace(arrival_time=event.arrival_time + draw(st.integers(0, 60))))
-    return draw(st.permutations(events))
-
-
-@settings(max_examples=600, deadline=None)
-@given(events=logs(), as_of=st.integers(0, 400))
+@pytest.mark.parametrize("view_through", [None, 25, 60])
+@settings(max_examples=100, deadline=None)
+@given(events=logs(), as_of=st.integers(0, END))
 def test_labels_are_those_of_the_rule_for_any_order_duplicates_and_moment(
-    events: list[Event], as_of: int
+    view_through: int | None, events: list[Event], as_of: int
 ) -> None:
+    attribution = Rule(view_through=view_through).attribution
     said = [
-        (impression_id, task, label, opened, mature)
-        for task, outcome in outcomes_as_of(tables_of(events), WINDOWS, as_of).items()
-        for impression_id, label, opened, mature in zip(
+        (name, task, *values)
+        for task, outcome in outcomes_as_of(tables_of(events), attribution, as_of).items()
+        for name, *values in zip(
             outcome.impression_id.to_pylist(),
             outcome.label.tolist(),
+            outcome.label_version.tolist(),
             outcome.opened.tolist(),
             outcome.mature.tolist(),
+            outcome.outcome_known.tolist(),
             strict=True,
         )
     ]
     expected = [
-        (row.impression_id, row.task, row.label, row.event_time, row.mature)
-        for row in rows(events, as_of, WINDOWS, "relabel")
+        (
+            row.impression_id,
+            row.task,
+            row.label,
+            row.label_version,
+            row.event_time,
+            row.mature,
+            NO_OUTCOME if row.outcome_known_at is None else row.outcome_known_at,
+        )
+        for row in labels_as_of(events, as_of, attribution)
     ]
     assert sorted(said) == sorted(expected)
 
 
-@settings(max_examples=300, deadline=None)
-@given(events=logs(), as_of=st.integers(0, 400))
+@settings(max_examples=100, deadline=None)
+@given(events=logs(), as_of=st.integers(0, END))
 def test_a_positive_is_told_by_an_event_that_was_known_and_inside_its_window(
     events: list[Event], as_of: int
 ) -> None:
     for task, outcome in outcomes_as_of(tables_of(events), WINDOWS, as_of).items():
         width = WINDOWS.click_window if task == "click" else WINDOWS.attribution_window
-        positive = outcome.label == 1
+        positive = outcome.label > 0
         assert ((outcome.outcome_delay == NO_OUTCOME) == ~positive).all()
         assert ((outcome.outcome_known == NO_OUTCOME) == ~positive).all()
         assert (outcome.outcome_delay[positive] >= 0).all()
@@ -97,7 +90,7 @@ def test_a_positive_is_told_by_an_event_that_was_known_and_inside_its_window(
         assert (outcome.mature == (as_of > outcome.closes)).all()
 
 
-def test_of_clicks_that_arrive_together_the_least_event_id_opens_the_conversion_window() -> None:
+def test_of_clicks_that_arrive_together_the_least_hash_opens_the_conversion_window() -> None:
     log = [
         Event(IMPRESSION, "i", "i", 0, 0),
         Event(CLICK, "c3", "i", 3, 10),
@@ -105,7 +98,8 @@ def test_of_clicks_that_arrive_together_the_least_event_id_opens_the_conversion_
         Event(CLICK, "c2", "i", 5, 10),
     ]
     conversion = outcomes_as_of(tables_of(log), WINDOWS, 20)["conversion"]
-    assert conversion.opened.tolist() == [7]
+    first = min(log[1:], key=lambda event: hash_text(event.event_id))
+    assert conversion.opened.tolist() == [first.event_time]
 
 
 def test_a_retraction_takes_the_outcome_back_and_a_later_conversion_restores_the_label() -> None:
@@ -122,7 +116,8 @@ def test_a_retraction_takes_the_outcome_back_and_a_later_conversion_restores_the
     }
     assert labels == {11: [0], 12: [1], 22: [0], 32: [1]}
     final = outcomes_as_of(tables_of(log), WINDOWS, 99)["conversion"]
-    assert (final.outcome_delay.tolist(), final.outcome_known.tolist()) == ([5], [12])
+    assert (final.outcome_delay.tolist(), final.outcome_known.tolist()) == ([25], [32])
+    assert final.label_version.tolist() == [3]
 
 
 def test_a_log_without_events_has_no_windows() -> None:
