@@ -21,7 +21,7 @@ from models.warm_up import WarmUp, warm_up
 from pipelines.config_sections import StudentConfig
 from pipelines.errors import StaleStateError
 from pipelines.feature_spec import FeatureSpec
-from pipelines.training_set import TrainingSet
+from pipelines.training_set import TrainingRows, TrainingSet
 
 __all__ = ["LearnBatch", "Student"]
 
@@ -68,7 +68,7 @@ class Student:
         return cls(spec, config, initial_weights(Layout.of(spec, config), config.seed))
 
     def fit(
-        self, train: TrainingSet, validation: TrainingSet | None = None, *, epochs: int | None = None
+        self, train: TrainingRows, validation: TrainingSet | None = None, *, epochs: int | None = None
     ) -> WarmUp:
         """Train all layers offline, from the start; see `models.warm_up.warm_up`.
 
@@ -274,8 +274,9 @@ class Student:
 
 
 def _as_tensors(buckets: NDArray[np.int32], numbers: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+    # Arrays that may not be written to, views of Arrow, are no tensors without a copy.
     return torch.from_numpy(buckets.astype(np.int64)), torch.from_numpy(
-        np.ascontiguousarray(numbers, np.float32)
+        np.require(numbers, np.float32, ["C", "W"])
     )
 
 

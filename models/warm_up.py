@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from models.losses import cure_base_rate, cure_derivatives, cured_log_loss
 from pipelines.errors import DataError
-from pipelines.training_set import TrainingSet
+from pipelines.training_set import TrainingRows, TrainingSet
 
 if TYPE_CHECKING:
     from models.student import Student
@@ -19,6 +19,8 @@ __all__ = ["WarmUp", "warm_up"]
 
 # Epochs without a better validation loss before training stops.
 _PATIENCE = 2
+# Rows whose sums are taken together: the same for rows in memory and in files, or the last bit would differ.
+_SUMMED_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,11 @@ class WarmUp:
     validation_log_loss: tuple[float, ...]
 
 
-def warm_up(student: Student, train: TrainingSet, validation: TrainingSet | None, epochs: int) -> WarmUp:
+def warm_up(student: Student, train: TrainingRows, validation: TrainingSet | None, epochs: int) -> WarmUp:
     """Train all layers by the cure-model loss.
+
+    Of the training rows only a batch is needed at a time: rows streamed from files give the same student, bit
+    for bit, as the same rows in memory.
 
     1. The bias starts at the base rate.
     2. Each epoch starts with fresh tables and goes through the rows in time order, in mini-batches, as the
@@ -60,16 +65,14 @@ def warm_up(student: Student, train: TrainingSet, validation: TrainingSet | None
     """
     if len(train) == 0:
         raise DataError("no rows to train on.", hint="widen the training window")
-    weight = train.weight.astype(np.float64)
-    weight /= weight.mean()
-    rate = cure_base_rate(train.label.astype(np.float64), train.observed_share.astype(np.float64), weight)
+    rate, mean_weight = _base_rate_and_weight(train)
     student.weights["bias"].fill_(float(np.log(rate / (1.0 - rate))))
     student.thaw()
     losses: list[float] = []
     best: dict[str, NDArray[np.generic]] | None = None
     for epoch in range(epochs):
         student.reset_tables()
-        _one_epoch(student, train, weight)
+        _one_epoch(student, train, mean_weight)
         if validation is None or len(validation) == 0:
             continue
         losses.append(
@@ -85,19 +88,28 @@ def warm_up(student: Student, train: TrainingSet, validation: TrainingSet | None
     return WarmUp(int(np.argmin(losses)) + 1 if losses else epochs, tuple(losses))
 
 
-def _one_epoch(student: Student, train: TrainingSet, weight: NDArray[np.float64]) -> None:
-    for start in range(0, len(train), student.config.batch_rows):
-        part = slice(start, start + student.config.batch_rows)
-        label = train.label[part].astype(np.float64)
-        share = train.observed_share[part].astype(np.float64)
-        row_weight = weight[part]
+def _base_rate_and_weight(train: TrainingRows) -> tuple[float, float]:
+    """Share of positives once all outcomes are known, and the mean weight of a row."""
+    sums = []
+    for batch in train.batches(_SUMMED_ROWS):
+        weight = batch.weight.astype(np.float64)
+        sums.append((np.sum(weight * batch.label), np.sum(weight * batch.observed_share), np.sum(weight)))
+    positives, exposure, weights = np.array(sums, np.float64).T
+    # To the base rate a batch is like one row that holds its sums.
+    return cure_base_rate(positives, exposure, np.ones(len(sums))), float(weights.sum()) / len(train)
+
+
+def _one_epoch(student: Student, train: TrainingRows, mean_weight: float) -> None:
+    for batch in train.batches(student.config.batch_rows):
+        label, share = batch.label.astype(np.float64), batch.observed_share.astype(np.float64)
+        weight = batch.weight.astype(np.float64) / mean_weight
 
         def gradient(
             logit: NDArray[np.float64],
             label: NDArray[np.float64] = label,
             share: NDArray[np.float64] = share,
-            row_weight: NDArray[np.float64] = row_weight,
+            weight: NDArray[np.float64] = weight,
         ) -> NDArray[np.float64]:
-            return row_weight * cure_derivatives(logit, label, share)[0]
+            return weight * cure_derivatives(logit, label, share)[0]
 
-        student.update(train.buckets[part], train.numbers[part], gradient)
+        student.update(batch.buckets, batch.numbers, gradient)

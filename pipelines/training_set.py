@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TrainingSet"]
+__all__ = ["TrainingRows", "TrainingSet"]
+
+
+class TrainingRows(Protocol):
+    """Rows to train on, in time order, in memory or not."""
+
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    def batches(self, rows: int) -> Iterable[TrainingSet]:
+        """All rows from the first on, so many at a time; the last batch may be smaller."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,11 @@ class TrainingSet:
     def take(self, rows: NDArray[np.int64] | NDArray[np.bool_] | slice) -> TrainingSet:
         """The chosen rows, in the given order."""
         return TrainingSet(**{part.name: getattr(self, part.name)[rows] for part in fields(self)})
+
+    def batches(self, rows: int) -> Iterator[TrainingSet]:
+        """Views of the rows, so many at a time; the last may be smaller."""
+        for start in range(0, len(self), rows):
+            yield self.take(slice(start, start + rows))
 
     def split(self, event_time: int) -> tuple[TrainingSet, TrainingSet]:
         """Rows before and from ``event_time`` (ms)."""
