@@ -11,8 +11,13 @@ __all__ = ["command"]
 
 @click.group()
 def command() -> None:
-    """Build sample snapshots with Spark: ingest, build, check."""
+    """Build sample snapshots with Spark: ingest, build, relabel, check."""
 
 
-for _module in (samples_ingest_command, samples_build_command, samples_check_command):
-    command.add_command(_module.command)
+for _command in (
+    samples_ingest_command.command,
+    samples_build_command.build_command,
+    samples_build_command.relabel_command,
+    samples_check_command.command,
+):
+    command.add_command(_command)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from pipelines.config_sections import (
 )
 from pipelines.errors import ConfigError
 
-__all__ = ["Config", "Task", "dump_config", "load_config", "parse_config"]
+__all__ = ["Config", "Task", "dump_config", "load_config", "parse_config", "with_values"]
 
 
 class Config(Section):
@@ -131,6 +131,29 @@ def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config
         raise ConfigError(f"{where} is not valid TOML: {error}.") from error
     for override in overrides:
         _apply_override(document, override)
+    try:
+        return Config.model_validate(document)
+    except ValidationError as error:
+        raise _as_config_error(error) from error
+
+
+def with_values(config: Config, section: str, values: Mapping[str, Any]) -> Config:
+    """The configuration with other values in one section.
+
+    Raises
+    ------
+    ConfigError
+        If a value does not fit.
+
+    Examples
+    --------
+    >>> with_values(Config(), "samples", {"negative_rate": 0.1}).samples.negative_rate
+    0.1
+    """
+    if not values:
+        return config
+    document = config.model_dump(mode="json", exclude_none=True)
+    document[section] |= values
     try:
         return Config.model_validate(document)
     except ValidationError as error:

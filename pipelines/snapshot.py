@@ -1,69 +1,66 @@
-"""Sample snapshots: an immutable folder of labelled, encoded rows, visible only when complete.
+"""Sample snapshots: immutable folders of labelled, encoded rows, visible only when complete.
 
 ::
 
     <out>/20260112T000000Z-7d-4be1c0a95d7e/
-        data/click-00000.parquet, data/conversion-00000.parquet, ...
+        MANIFEST.json           counts, rates, settings, digests of every file; written last: the commit
         feature_spec.toml
-        MANIFEST.json           counts, rates, windows, digests of every file
+        delays.parquet          counts of outcomes by delay, behind the delay curves
+        data-<build>/task=click/date=2026-01-11/slice=0/*.parquet
+        diff-<build>/           label changes against the base, where there is one
 
-A snapshot is written into a hidden folder beside it and renamed: who sees the name sees all of it.
+A relabelled snapshot has files of its own for partitions that were open, and refers to those of the others
+in the folders beside it that made them. So a folder is kept as long as a younger one refers to it.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import platform
-import shutil
-import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from datetime import UTC, datetime
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from pipelines.config import Task
-from pipelines.duration import format_duration
 from pipelines.errors import DataError
 from pipelines.feature_spec import FeatureSpec
+from pipelines.snapshot_manifest import FORMAT_VERSION, SnapshotFile, SnapshotManifest
+from pipelines.storage import Folder, is_uri, open_folder, open_for_arrow
+from pipelines.stream_files import DataFile
 from pipelines.training_set import TrainingSet
 
 __all__ = [
-    "FORMAT_VERSION",
+    "MANIFEST_NAME",
     "SAMPLE_SCHEMA",
-    "SnapshotFile",
-    "SnapshotManifest",
-    "TaskSummary",
-    "finish",
+    "SPEC_NAME",
+    "data_files",
     "read_manifest",
     "read_rows",
     "read_snapshot",
-    "snapshot_id",
-    "staging",
+    "read_spec",
+    "split_location",
+    "verify_files",
 ]
 
-FORMAT_VERSION = 1
 MANIFEST_NAME = "MANIFEST.json"
 SPEC_NAME = "feature_spec.toml"
-DATA_NAME = "data"
+DELAYS_NAME = "delays.parquet"
+_BLOCK = 1 << 20
 
-# Times and durations in ms. `outcome_known_at` is when the label became 1, null for label 0.
+# Times and durations in ms. `outcome_known_at` is when the label rose from 0, null for label 0;
+# `label_version` how often it has changed; of `copies` equal rows each has its share of the weight.
 SAMPLE_SCHEMA = pa.schema(
     [
         pa.field("sample_id", pa.string()),
         pa.field("impression_id", pa.string()),
         pa.field("task", pa.string()),
         pa.field("kind", pa.string()),
-        pa.field("label", pa.int8()),
+        pa.field("label", pa.float32()),
         pa.field("label_version", pa.int32()),
         pa.field("event_time", pa.int64()),
         pa.field("known_at", pa.int64()),
@@ -72,6 +69,7 @@ SAMPLE_SCHEMA = pa.schema(
         pa.field("mature", pa.bool_()),
         pa.field("weight", pa.float32()),
         pa.field("negative_sampling_rate", pa.float32()),
+        pa.field("copies", pa.int32()),
         pa.field("observed_share", pa.float32()),
         pa.field("user_key", pa.int64()),
         pa.field("segment_key", pa.list_(pa.int64())),
@@ -84,213 +82,135 @@ SAMPLE_SCHEMA = pa.schema(
 )
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class SnapshotFile(_Part):
-    """One file: size in bytes and SHA-256 (hex); ``rows`` for data files."""
-
-    bytes: int
-    sha256: str
-    task: Task | None = None
-    rows: int = 0
-
-
-class TaskSummary(_Part):
-    """What a snapshot holds of one task.
-
-    Attributes
-    ----------
-    rows, positives, mature : int
-    label_rate : float
-        Share of positives, each row counted with its weight.
-    mature_label_rate : float or None
-        The same over mature rows; None where there is none.
-    kinds : dict of str to int
-        Rows by kind.
-    misfits : int
-        Rows left out because their impression does not fit the feature spec.
-    content_digest : str
-        Of all rows in whatever order: equal content, equal digest.
-    delay_curve : dict
-        State of the `pipelines.delay.DelayCurve` behind ``observed_share``.
-    largest_follow_up : int
-        Age (ms) of the oldest window: where the delay curve is normalised.
-    """
-
-    rows: int
-    positives: int
-    mature: int
-    label_rate: float
-    mature_label_rate: float | None
-    kinds: dict[str, int]
-    misfits: int
-    content_digest: str
-    delay_curve: dict[str, Any]
-    largest_follow_up: int
-
-
-class SnapshotManifest(_Part):
-    """All that is known about a snapshot; times and windows in ms.
-
-    ``events`` says what became of every event that was read, by kind and class; the classes of a kind add
-    up to ``read``.
-    """
-
-    format_version: Literal[1] = 1
-    snapshot_id: str
-    as_of: int
-    window: int
-    since: int
-    tasks: dict[Task, TaskSummary]
-    events: dict[str, dict[str, int]]
-    negative_sampling_rate: float
-    feature_spec_digest: str
-    feature_spec_inferred: bool
-    sample_columns: dict[str, str]
-    segments: tuple[str, ...]
-    config: dict[str, Any]
-    lake_version: str
-    code_version: str
-    files: dict[str, SnapshotFile]
-
-
-def snapshot_id(as_of: int, window: int, inputs: Mapping[str, Any]) -> str:
-    """Name of the snapshot of ``window`` ms up to ``as_of``; ``inputs`` is all else that decides its rows.
+def split_location(location: str | Path) -> tuple[str, str]:
+    """Folder of snapshots, and name of the snapshot in it.
 
     Examples
     --------
-    >>> snapshot_id(1_767_571_200_000, 604_800_000, {"negative_sampling_rate": 1.0})
-    '20260105T000000Z-7d-f35c6bbcaf3a'
+    >>> split_location("hdfs://host/samples/20260112T000000Z-7d-4be1c0a95d7e/")
+    ('hdfs://host/samples', '20260112T000000Z-7d-4be1c0a95d7e')
     """
-    moment = datetime.fromtimestamp(as_of / 1000, UTC)
-    text = moment.strftime("%Y%m%dT%H%M%S") + (f".{as_of % 1000:03d}" if as_of % 1000 else "")
-    body = _canonical({"format": FORMAT_VERSION, "as_of": as_of, "window": window, **inputs})
-    return f"{text}Z-{format_duration(window)}-{hashlib.sha256(body).hexdigest()[:12]}"
+    parent, _, name = str(location).rstrip("/").rpartition("/")
+    return parent or ".", name
 
 
-@contextmanager
-def staging(out: Path, name: str) -> Iterator[Path]:
-    """A hidden folder beside the snapshot to be; removed at the end unless `finish` renamed it.
-
-    What a killed build of the same snapshot on this machine left behind is swept.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    prefix = f".{name}.{platform.node().replace('.', '-')}"
-    for left in out.glob(f"{prefix}.*"):
-        if not psutil.pid_exists(int(left.name.rsplit(".", 2)[1])):
-            shutil.rmtree(left, ignore_errors=True)
-    folder = out / f"{prefix}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def finish(staged: Path, target: Path, manifest: SnapshotManifest) -> Path:
-    """Publish a staged snapshot.
-
-    1. Check that the staged files are those of the manifest; write the manifest last.
-    2. Flush every file and folder to disk.
-    3. Rename: the commit point.
-
-    If another build has published the same snapshot meanwhile, that one is kept.
-    """
-    found = {path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file()}
-    if found != set(manifest.files):
-        raise DataError(
-            f"expected the files of the manifest in {staged}. Differing: "
-            f"{', '.join(sorted(found ^ set(manifest.files)))}."
-        )
-    (staged / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    for path in [*staged.rglob("*"), staged]:
-        _flush(path)
-    try:
-        staged.rename(target)
-    except OSError:
-        if not (target / MANIFEST_NAME).is_file():
-            raise
-    _flush(target.parent)
-    return target
-
-
-def describe_file(path: Path, task: Task | None = None) -> SnapshotFile:
-    """Size and digest of a file; rows of a data file."""
-    with path.open("rb") as handle:
-        digest = hashlib.file_digest(handle, "sha256").hexdigest()
-    rows = pq.read_metadata(path).num_rows if task is not None else 0
-    return SnapshotFile(bytes=path.stat().st_size, sha256=digest, task=task, rows=rows)
-
-
-def read_manifest(path: Path) -> SnapshotManifest:
-    """The manifest of a snapshot.
+def read_manifest(location: str | Path, folder: Folder | None = None) -> SnapshotManifest:
+    """The manifest of a snapshot; ``folder`` where it is open already.
 
     Raises
     ------
     DataError
         If there is none, or it is not of this version.
     """
-    file = path / MANIFEST_NAME
+    place = f"{str(location).rstrip('/')}/{MANIFEST_NAME}"
     try:
-        return SnapshotManifest.model_validate_json(file.read_bytes())
+        content = (folder or open_folder(location)).read(MANIFEST_NAME)
     except OSError as error:
         raise DataError(
-            f"expected a sample snapshot with a {MANIFEST_NAME} in {path}. {error.strerror}.",
-            hint="name the folder that `ctrstream samples build` printed",
+            f"expected a sample snapshot with a {MANIFEST_NAME} in {location}. There is none.",
+            hint="name the folder that `ctrstream samples build` printed; without it a build was cut off",
         ) from error
+    try:
+        return SnapshotManifest.model_validate_json(content)
     except ValidationError as error:
+        first = error.errors()[0]
         raise DataError(
-            f"{file} is not a manifest of version {FORMAT_VERSION}: {error.errors()[0]['msg']}."
+            f"{place} is not a manifest of version {FORMAT_VERSION}: {'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}.",
+            hint="build the snapshot again",
         ) from error
 
 
-def verify_files(path: Path, manifest: SnapshotManifest, task: Task | None = None) -> None:
+def data_files(location: str | Path, task: Task, manifest: SnapshotManifest | None = None) -> list[DataFile]:
+    """Data files of a task, oldest partition first, wherever they lie.
+
+    Raises
+    ------
+    DataError
+        If there is no readable manifest, or the snapshot has no samples of the task.
+    """
+    known = manifest or read_manifest(location)
+    if task not in known.tasks:
+        raise DataError(f"{location} has no samples of the task {task}. It has: {', '.join(known.tasks)}.")
+    parent, own = split_location(location)
+    return [
+        DataFile(f"{parent}/{own if part.origin == known.snapshot_id else part.origin}/{name}", file.rows)
+        for part in known.of_task(task)
+        for name, file in sorted(part.files.items())
+    ]
+
+
+def verify_files(location: str | Path, manifest: SnapshotManifest, task: Task | None = None) -> None:
     """Check size and digest of the files of one task, or of all.
 
     Raises
     ------
     DataError
-        If a file is missing, altered, or not in the manifest.
+        If a file is missing or altered.
     """
-    for name, expected in manifest.files.items():
-        if task is not None and expected.task not in (None, task):
-            continue
-        file = path / name
-        if not file.is_file():
-            raise DataError(
-                f"{path}: {name} is in the manifest but not there.", hint="build the snapshot again"
-            )
-        received = describe_file(file)
-        if (received.bytes, received.sha256) != (expected.bytes, expected.sha256):
-            raise DataError(
-                f"{file} was altered: expected sha256 {expected.sha256} ({expected.bytes} bytes). "
-                f"Received {received.sha256} ({received.bytes} bytes).",
-                hint="snapshots are immutable: build it again",
-            )
-    spec = read_spec(path)
+    parent, own = split_location(location)
+    expected = {f"{own}/{name}": file for name, file in manifest.extra_files.items()}
+    for part in manifest.partitions:
+        if task in (None, part.task):
+            folder = own if part.origin == manifest.snapshot_id else part.origin
+            expected |= {f"{folder}/{name}": file for name, file in part.files.items()}
+    for name, file in expected.items():
+        _verify(f"{parent}/{name}", file)
+    spec = read_spec(location)
     if spec.digest() != manifest.feature_spec_digest:
         raise DataError(
-            f"{path / SPEC_NAME}: expected the feature spec with digest {manifest.feature_spec_digest}. "
+            f"{location}/{SPEC_NAME}: expected the feature spec with digest {manifest.feature_spec_digest}. "
             f"Received {spec.digest()}."
         )
 
 
-def read_spec(path: Path) -> FeatureSpec:
+def _verify(place: str, expected: SnapshotFile) -> None:
+    digest, size = hashlib.sha256(), 0
+    try:
+        with _opened(place) as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+                size += len(block)
+    except OSError as error:
+        raise DataError(
+            f"{place} is in the manifest but not there.",
+            hint="build the snapshot again; one that others refer to must stay where it is",
+        ) from error
+    if (size, digest.hexdigest()) != (expected.bytes, expected.sha256):
+        raise DataError(
+            f"{place} was altered: expected sha256 {expected.sha256} ({expected.bytes} bytes). "
+            f"Received {digest.hexdigest()} ({size} bytes).",
+            hint="snapshots are immutable: build it again",
+        )
+
+
+def _opened(place: str) -> Any:
+    if not is_uri(place):
+        return Path(place).open("rb")
+    system, path = open_for_arrow(place)
+    return system.open_input_file(path)
+
+
+def read_spec(location: str | Path) -> FeatureSpec:
     """The feature spec that a snapshot was encoded with."""
-    return FeatureSpec.read(path / SPEC_NAME)
+    try:
+        content = open_folder(location).read(SPEC_NAME)
+    except OSError as error:
+        raise DataError(f"{location}: {SPEC_NAME} is not there.", hint="build the snapshot again") from error
+    return FeatureSpec.from_toml(content.decode(), f"{location}/{SPEC_NAME}")
 
 
-def read_rows(path: Path, task: Task, columns: list[str] | None = None, *, verify: bool = True) -> pa.Table:
+def read_rows(
+    location: str | Path, task: Task, columns: Sequence[str] | None = None, *, verify: bool = True
+) -> pa.Table:
     """Rows of one task, ordered by ``(event_time, sample_id)``.
 
     Parameters
     ----------
-    path : Path
+    location : str or Path
         A snapshot.
-    task : {"click", "conversion"}
-    columns : list of str, optional
+    task : {"click", "conversion", "view_through"}
+    columns : sequence of str, optional
         Columns of `SAMPLE_SCHEMA`; all by default.
     verify : bool
         Check the digests first.
@@ -300,28 +220,29 @@ def read_rows(path: Path, task: Task, columns: list[str] | None = None, *, verif
     DataError
         If the snapshot is incomplete or altered, or has no rows of the task.
     """
-    manifest = read_manifest(path)
-    if task not in manifest.tasks:
-        raise DataError(f"{path} has no samples of the task {task}. It has: {', '.join(manifest.tasks)}.")
+    manifest = read_manifest(location)
+    files = data_files(location, task, manifest)
     if verify:
-        verify_files(path, manifest, task)
-    wanted = SAMPLE_SCHEMA.names if columns is None else columns
+        verify_files(location, manifest, task)
+    wanted = SAMPLE_SCHEMA.names if columns is None else list(columns)
     needed = [name for name in SAMPLE_SCHEMA.names if name in {*wanted, "event_time", "sample_id"}]
     schema = pa.schema([SAMPLE_SCHEMA.field(name) for name in needed])
-    files = sorted(name for name, file in manifest.files.items() if file.task == task)
-    tables = [pq.read_table(path / name, columns=needed).cast(schema) for name in files]
+    tables = []
+    for file in files:
+        with _opened(file.location) as stream:
+            tables.append(pq.read_table(stream, columns=needed).cast(schema))
     table = pa.concat_tables(tables) if tables else schema.empty_table()
     return table.sort_by([("event_time", "ascending"), ("sample_id", "ascending")]).select(wanted)
 
 
-def read_snapshot(path: Path, task: Task, *, verify: bool = True) -> TrainingSet:
+def read_snapshot(location: str | Path, task: Task, *, verify: bool = True) -> TrainingSet:
     """Training rows of one task, ordered by ``(event_time, sample_id)``.
 
     Parameters
     ----------
-    path : Path
+    location : str or Path
         A snapshot.
-    task : {"click", "conversion"}
+    task : {"click", "conversion", "view_through"}
     verify : bool
         Check the digests first.
 
@@ -331,12 +252,12 @@ def read_snapshot(path: Path, task: Task, *, verify: bool = True) -> TrainingSet
         If the snapshot is incomplete or altered, or has no rows of the task.
     """
     columns = ["buckets", "numbers", "user_key", "segment_key", "label", "weight", "event_time", "mature"]
-    table = read_rows(path, task, [*columns, "observed_share"], verify=verify)
-    spec = read_spec(path)
+    table = read_rows(location, task, [*columns, "observed_share"], verify=verify)
+    spec = read_spec(location)
     widths = {
         "buckets": len(spec.column_field),
         "numbers": len(spec.numeric),
-        "segment_key": len(read_manifest(path).segments),
+        "segment_key": len(read_manifest(location).segments),
     }
     matrices = {name: _matrix(table.column(name), width) for name, width in widths.items()}
 
@@ -348,7 +269,7 @@ def read_snapshot(path: Path, task: Task, *, verify: bool = True) -> TrainingSet
         numbers=matrices["numbers"],
         segment_key=matrices["segment_key"],
         user_key=column("user_key"),
-        label=column("label").astype(np.float32),
+        label=column("label"),
         weight=column("weight"),
         event_time=column("event_time"),
         mature=column("mature"),
@@ -362,15 +283,3 @@ def _matrix(column: pa.ChunkedArray, width: int) -> NDArray[Any]:
     if len(values) != len(array) * width:
         raise DataError(f"expected {width} values in each row. Received {len(values)} in {len(array)} rows.")
     return np.asarray(values).reshape(len(array), width)
-
-
-def _canonical(value: Mapping[str, Any]) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -11,7 +11,8 @@ import pyarrow.compute as pc
 from pipelines.config import Task
 from pipelines.config_sections import AttributionConfig
 from pipelines.errors import DataError
-from pipelines.snapshot import SnapshotManifest, read_manifest, read_rows, verify_files
+from pipelines.snapshot import read_manifest, read_rows, verify_files
+from pipelines.snapshot_manifest import SnapshotManifest
 
 __all__ = ["check_snapshot"]
 
@@ -66,13 +67,13 @@ def _check_task(manifest: SnapshotManifest, task: Task, rows: pa.Table) -> list[
     distinct = pc.count_distinct(rows.column("sample_id")).as_py()
     faults = {
         "sample_id appears more than once": np.arange(rows.num_rows) >= distinct,
-        "label is neither 0 nor 1": (label != 0) & (label != 1),
+        "label lies outside [0, 1]": ~((label >= 0) & (label <= 1)),
         "the window opened outside the snapshot's window": (opened < manifest.since)
         | (opened >= manifest.as_of),
         "known_at lies after as_of": known_at > manifest.as_of,
         "the outcome became known after known_at": is_known & (outcome > known_at),
         "the outcome became known before the window opened": is_known & (outcome < opened),
-        "label 1 without a known outcome, or the reverse": is_known != (label == 1),
+        "a label above 0 without a known outcome, or the reverse": is_known != (label > 0),
         "elapsed is not the age of the window, at most its width": elapsed
         != np.minimum(manifest.as_of - opened, width),
         "mature before its window has passed": mature & (elapsed < width),
@@ -81,9 +82,11 @@ def _check_task(manifest: SnapshotManifest, task: Task, rows: pa.Table) -> list[
         "weight is not above 0": ~(weight > 0),
     }
     findings = [f"{name} ({int(bad.sum())} rows)" for name, bad in faults.items() if bad.any()]
-    if rows.num_rows != summary.rows or int(label.sum()) != summary.positives:
+    original = ~pc.match_substring(rows.column("sample_id"), "#").to_numpy()
+    positives = float(label[original].sum(dtype=np.float64))
+    if rows.num_rows != summary.rows or positives != summary.positives:
         findings.append(
-            f"expected {summary.rows} rows with {summary.positives} positives, as in the manifest. "
-            f"Found {rows.num_rows} with {int(label.sum())}"
+            f"expected {summary.rows} rows with {summary.positives:g} positives, as in the manifest. "
+            f"Found {rows.num_rows} with {positives:g}"
         )
     return findings

@@ -20,8 +20,8 @@ from click.testing import CliRunner
 from jobs.samples import command
 from jobs.samples_build import build
 from jobs.samples_ingest import ingest
-from pipelines.attribution import Event, rows
-from pipelines.config import Config
+from pipelines.attribution import Event, labels_as_of
+from pipelines.config import Config, with_values
 from pipelines.config_sections import AttributionConfig, CalibrationConfig
 from pipelines.delay import DelayCurve
 from pipelines.duration import DAY_MS, HOUR_MS, MINUTE_MS
@@ -95,6 +95,7 @@ def random_events(n: int, seed: int = 1) -> tuple[pa.Table, pa.Table, pa.Table]:
             "event_time": time,
             "arrival_time": arrival(time),
             "op": rng.choice(["assert", "retract", "restate"], len(bought), p=[0.8, 0.1, 0.1]),
+            "credit": rng.choice([0.5, 1.0], len(bought)),
         }
     )
     shown_to_reader = impressions.filter(pa.array(rng.random(n) > 0.02))  # the others' clicks are orphans
@@ -119,11 +120,16 @@ def events_of(tables: tuple[pa.Table, pa.Table, pa.Table]) -> list[Event]:
     return [
         Event(
             kind, row["event_id"], row["impression_id"], row["event_time"], row["arrival_time"],
-            row.get("op", "assert"),
+            row.get("op") or "assert", row.get("credit") or 1.0,
         )
         for kind, table in zip((IMPRESSION, CLICK, CONVERSION), tables, strict=True)
         for row in table.to_pylist()
     ]  # fmt: skip
+
+
+def made(*arguments: Any, **sampling: Any) -> Path:
+    *rest, config, spec = arguments
+    return Path(build(*rest, with_values(config, "samples", sampling), spec))
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +146,7 @@ def lake(spark: SparkSession, log: Any, tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="module")
 def snapshot(spark: SparkSession, lake: Path) -> Path:
-    return build(spark, lake, lake.parent / "snapshots", AS_OF, 2 * DAY_MS, CONFIG, SPEC)
+    return made(spark, lake, lake.parent / "snapshots", AS_OF, 2 * DAY_MS, CONFIG, SPEC)
 
 
 def test_snapshot_holds_the_rows_of_the_rule(snapshot: Path, log: Any) -> None:
@@ -149,11 +155,21 @@ def test_snapshot_holds_the_rows_of_the_rule(snapshot: Path, log: Any) -> None:
         for row in read_rows(snapshot, task).to_pylist():
             assert row["sample_id"] == f"{row['impression_id']}:{row['task']}"
             said[row["sample_id"]] = tuple(
-                row[name] for name in ("kind", "label", "event_time", "known_at", "elapsed", "mature")
+                row[name]
+                for name in (
+                    "kind",
+                    "label",
+                    "label_version",
+                    "event_time",
+                    "known_at",
+                    "elapsed",
+                    "mature",
+                    "outcome_known_at",
+                )
             )
     expected = {
-        f"{row.impression_id}:{row.task}": row[2:]
-        for row in rows(events_of(log), AS_OF, RULE)
+        f"{row.impression_id}:{row.task}": (row.kind, row.label, row.label_version, *row[6:])
+        for row in labels_as_of(events_of(log), AS_OF, RULE)
         if AS_OF - 2 * DAY_MS <= row.event_time < AS_OF
     }
     assert said == expected
@@ -179,7 +195,7 @@ def test_manifest_counts_every_row_and_every_event(snapshot: Path, log: Any) -> 
     manifest = read_manifest(snapshot)
     for task, summary in manifest.tasks.items():
         training = read_snapshot(snapshot, task)
-        assert (summary.rows, summary.positives) == (len(training), int(training.label.sum()))
+        assert (summary.rows, summary.positives) == (len(training), training.label.sum())
         assert summary.mature == int(training.mature.sum())
         assert summary.label_rate == pytest.approx(training.label.mean())
         assert summary.mature_label_rate == pytest.approx(training.label[training.mature].mean())
@@ -210,14 +226,14 @@ def test_same_inputs_return_the_same_snapshot_untouched(
     spark: SparkSession, lake: Path, snapshot: Path
 ) -> None:
     before = (snapshot / MANIFEST_NAME).stat().st_mtime_ns
-    assert build(spark, lake, snapshot.parent, AS_OF, 2 * DAY_MS, CONFIG, SPEC) == snapshot
+    assert made(spark, lake, snapshot.parent, AS_OF, 2 * DAY_MS, CONFIG, SPEC) == snapshot
     assert (snapshot / MANIFEST_NAME).stat().st_mtime_ns == before
 
 
 def test_built_again_elsewhere_the_content_is_equal(
     spark: SparkSession, lake: Path, snapshot: Path, tmp_path: Path
 ) -> None:
-    again = build(spark, lake, tmp_path, AS_OF, 2 * DAY_MS, CONFIG, SPEC)
+    again = made(spark, lake, tmp_path, AS_OF, 2 * DAY_MS, CONFIG, SPEC)
     assert again.name == snapshot.name
     for task, summary in read_manifest(snapshot).tasks.items():
         assert read_manifest(again).tasks[task].content_digest == summary.content_digest
@@ -228,13 +244,13 @@ def test_negatives_are_sampled_by_a_stable_hash_and_weighted(
     spark: SparkSession, lake: Path, snapshot: Path, tmp_path: Path
 ) -> None:
     rate = 0.25
-    sampled = build(spark, lake, tmp_path, AS_OF, 2 * DAY_MS, CONFIG, SPEC, negative_rate=rate)
+    sampled = made(spark, lake, tmp_path, AS_OF, 2 * DAY_MS, CONFIG, SPEC, negative_rate=rate)
     assert sampled.name != snapshot.name
     whole, kept = read_rows(snapshot, "click").to_pylist(), read_rows(sampled, "click").to_pylist()
     expected = [
         row["sample_id"]
         for row in whole
-        if row["label"] == 1 or hash_text(row["sample_id"]) >> 11 < rate * 2**53
+        if row["label"] > 0 or hash_text(row["sample_id"]) >> 11 < rate * 2**53
     ]
     assert [row["sample_id"] for row in kept] == expected
     assert {(row["label"], row["weight"], row["negative_sampling_rate"]) for row in kept} == {
@@ -246,7 +262,7 @@ def test_negatives_are_sampled_by_a_stable_hash_and_weighted(
 
 
 def test_spec_is_inferred_where_none_is_given(spark: SparkSession, lake: Path, tmp_path: Path) -> None:
-    inferred = build(spark, lake, tmp_path, AS_OF, 2 * DAY_MS, CONFIG)
+    inferred = made(spark, lake, tmp_path, AS_OF, 2 * DAY_MS, CONFIG, None)
     manifest = read_manifest(inferred)
     assert manifest.feature_spec_inferred
     assert "campaign_id" in read_spec(inferred).field_names
@@ -272,7 +288,7 @@ def test_impressions_that_do_not_fit_the_spec_are_left_out_and_counted(
     index = impressions.column_names.index("price")
     odd = (impressions.set_column(index, "price", pa.array(price)), *outcomes)
     ingest(spark, tmp_path / "lake", CONFIG, events=write_log(tmp_path / "log", odd))
-    built = build(spark, tmp_path / "lake", tmp_path / "snapshots", AS_OF, 2 * DAY_MS, CONFIG, SPEC)
+    built = made(spark, tmp_path / "lake", tmp_path / "snapshots", AS_OF, 2 * DAY_MS, CONFIG, SPEC)
     summary = read_manifest(built).tasks["click"]
     # Copies of an impression that differ are the producer's fault: the first to arrive counts.
     assert 0.01 < summary.misfits / (summary.rows + summary.misfits) < 0.04
@@ -291,8 +307,8 @@ def test_spec_that_nothing_fits_is_told_with_a_reason(
 
 
 def test_negative_rate_and_window_out_of_range_are_refused(spark: SparkSession, lake: Path) -> None:
-    with pytest.raises(ConfigError, match="negative rate"):
-        build(spark, lake, lake, AS_OF, DAY_MS, CONFIG, SPEC, negative_rate=0.0)
+    with pytest.raises(ConfigError, match=r"samples\.negative_rate"):
+        made(spark, lake, lake, AS_OF, DAY_MS, CONFIG, SPEC, negative_rate=0.0)
     with pytest.raises(ConfigError, match="window longer than 0"):
         build(spark, lake, lake, AS_OF, 0, CONFIG, SPEC)
 
@@ -305,7 +321,9 @@ from pipelines.feature_spec import FeatureSpec
 from pipelines.config import load_config
 from pipelines.spark_session import spark_session
 
-job.finish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+from jobs.snapshot_write import Workplace
+
+Workplace.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 lake, out, as_of, window, spec, config = sys.argv[1:]
 spark = spark_session("killed", master="local[1]")
 job.build(spark, Path(lake), Path(out), int(as_of), int(window), load_config(Path(config)),
@@ -313,7 +331,7 @@ job.build(spark, Path(lake), Path(out), int(as_of), int(window), load_config(Pat
 """
 
 
-def test_build_killed_before_the_rename_leaves_nothing_visible_and_the_next_one_succeeds(
+def test_build_killed_before_the_manifest_leaves_nothing_visible_and_the_next_one_succeeds(
     spark: SparkSession, lake: Path, snapshot: Path, tmp_path: Path
 ) -> None:
     from pipelines.config import dump_config
@@ -331,10 +349,13 @@ def test_build_killed_before_the_rename_leaves_nothing_visible_and_the_next_one_
     )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     (left,) = out.iterdir()
-    assert left.name.startswith(".")
-    assert sorted(path.name for path in left.iterdir()) == ["data", "feature_spec.toml"]
-    again = build(spark, lake, out, AS_OF, 2 * DAY_MS, CONFIG, SPEC)
+    assert any(path.name.startswith("data-") for path in left.iterdir())
+    with pytest.raises(DataError, match="a build was cut off"):
+        read_manifest(left)
+    again = made(spark, lake, out, AS_OF, 2 * DAY_MS, CONFIG, SPEC)
     assert [path.name for path in out.iterdir()] == [again.name] == [snapshot.name]
+    assert len([path for path in again.iterdir() if path.name.startswith(("data-", "scratch-"))]) == 1
+    assert check_snapshot(again) == []
 
 
 def test_check_command_tells_sound_from_altered(snapshot: Path, tmp_path: Path) -> None:
@@ -375,7 +396,7 @@ def test_wrong_usage_is_told_with_exit_code_2(arguments: list[str], told: str, t
 
 
 def test_commands_of_samples_are_listed() -> None:
-    assert set(command.commands) == {"ingest", "build", "check"}
+    assert set(command.commands) == {"ingest", "build", "relabel", "check"}
 
 
 # A real log -----------------------------------------------------------------------------------------------
@@ -404,22 +425,26 @@ def test_daily_label_rates_of_a_real_log_are_those_of_pandas(spark: SparkSession
     ingest(spark, tmp_path / "lake", CONFIG, events=log)
     as_of = int(shown["event_time"].max()) // DAY_MS * DAY_MS - 2 * DAY_MS + 7 * HOUR_MS
     width = 4 * DAY_MS
-    snapshot = build(spark, tmp_path / "lake", tmp_path / "snapshots", as_of, width, CONFIG)
+    snapshot = made(spark, tmp_path / "lake", tmp_path / "snapshots", as_of, width, CONFIG, None)
 
     opened = shown.merge(clicked, on="impression_id", suffixes=("", "_click"))
     delay = opened["event_time_click"] - opened["event_time"]
     opened = opened[(delay >= 0) & (delay <= RULE.click_window)]
-    opened = opened[opened["event_time_click"].between(as_of - width, as_of, inclusive="left")]
+    since = (as_of - width) // DAY_MS * DAY_MS
+    opened = opened[opened["event_time_click"].between(since, as_of, inclusive="left")]
     joined = opened.merge(
         returned.rename(columns={"event_time": "event_time_return"}), on="impression_id", how="left"
     )
     late = joined["event_time_return"] - joined["event_time_click"]
     joined["label"] = late.between(0, DAY_MS) & (joined["event_time_return"] <= as_of)
     joined["matured"] = late.between(0, DAY_MS)
-    labels = joined.groupby(["impression_id", joined["event_time_click"] // DAY_MS])[
-        ["label", "matured"]
-    ].max()
-    expected = labels.groupby(level=1).agg(rows=("label", "size"), label=("label", "sum"))
+    day = joined["event_time_click"] // DAY_MS
+    joined["naive"] = joined["label"] & (joined["event_time_return"] < (day + 1) * DAY_MS)
+    joined["mature"] = joined["event_time_click"] + DAY_MS + RULE.allowed_lateness < as_of
+    joined["seen"] = joined["label"] & joined["mature"]
+    labels = joined.groupby(["impression_id", day])[["label", "matured", "naive", "mature", "seen"]].max()
+    expected = labels.groupby(level=1).sum()
+    expected["rows"] = labels.groupby(level=1).size()
 
     sample = read_rows(snapshot, "conversion", ["event_time", "label"]).to_pandas()
     by_day = sample.groupby(sample["event_time"] // DAY_MS).agg(
@@ -427,6 +452,20 @@ def test_daily_label_rates_of_a_real_log_are_those_of_pandas(spark: SparkSession
     )
     assert by_day["rows"].tolist() == expected["rows"].tolist()
     assert by_day["label"].tolist() == expected["label"].astype(int).tolist()
+    parts = read_manifest(snapshot).of_task("conversion")
+    for name, column in (
+        ("rows", "rows"),
+        ("mature", "mature"),
+        ("positives", "label"),
+        ("naive_positives", "naive"),
+        ("mature_positives", "seen"),
+    ):
+        assert [getattr(part, name) for part in parts] == expected[column].astype(int).tolist()
+    # Closed days have all their outcomes; a job that labels once and never looks back misses many.
+    closed = [part.closed for part in parts]
+    assert closed == [True, True, True, False, False]
+    assert expected["label"].tolist()[:3] == expected["matured"].tolist()[:3]
+    assert expected["naive"].sum() < 0.8 * expected["label"].sum()
     # The delay curve sees through the truncation: it is the distribution of the delays of the same clicks
     # once all of them are known, although the latest labels are still to come.
     matured = labels["matured"].groupby(level=1).mean()
