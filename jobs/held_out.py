@@ -8,43 +8,51 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.base import sigmoid
-from models.losses import cure_base_rate, cure_derivatives, cured_log_loss
+from models.base_rate import base_rate_and_weight
+from models.losses import cure_derivatives, cured_log_loss
 from models.student import Student
 from monitoring.ranking import auc
-from pipelines.training_set import TrainingSet
+from pipelines.training_set import TrainingRows, TrainingSet
 
 __all__ = [
+    "HELD_OUT_SHARE",
+    "LEAST_SHARE",
     "base_rate_of",
     "enough_of_both",
     "figures",
     "informative",
     "progressive_logit",
     "split_in_time",
+    "too_few",
 ]
 
 # Fewer outcomes, or fewer rows without, say nothing about a probability.
 ENOUGH = 20
-_HELD_OUT_SHARE = 0.2
+HELD_OUT_SHARE = 0.2
 # A label of less is worth little and can do much harm: the estimate divides by the share, whose error is the
 # largest, relative to it, for the youngest rows (who comes back within minutes depends on the hour). On a log
 # with two humps of delay the predictions were 2.3 times the truth with all rows and 1.2 times with these.
-_LEAST_SHARE = 0.5
+LEAST_SHARE = 0.5
 # AUC has no likelihood of open labels; it is taken over the rows of which this share would be known.
 _NEARLY_CLOSED = 0.95
 
 
 def enough_of_both(rows: TrainingSet) -> str | None:
     """None, or why the rows are too few: positives or negatives."""
-    positives = int(np.count_nonzero(rows.label > 0.5))
-    for found, name in ((positives, "positives"), (len(rows) - positives, "negatives")):
+    return too_few(int(np.count_nonzero(rows.label > 0.5)), len(rows))
+
+
+def too_few(positives: int, rows: int) -> str | None:
+    """None, or why so many positives among so many rows are too few of either class."""
+    for found, name in ((positives, "positives"), (rows - positives, "negatives")):
         if found < ENOUGH:
-            return f"{found} {name} among {len(rows)} rows; at least {ENOUGH} are needed"
+            return f"{found} {name} among {rows} rows; at least {ENOUGH} are needed"
     return None
 
 
 def informative(rows: TrainingSet) -> TrainingSet:
     """The rows of which at least half of the outcomes would be known by now."""
-    return rows.take(rows.observed_share >= _LEAST_SHARE)
+    return rows.take(rows.observed_share >= LEAST_SHARE)
 
 
 def split_in_time(rows: TrainingSet, at: int | None = None) -> tuple[TrainingSet, TrainingSet]:
@@ -56,8 +64,8 @@ def split_in_time(rows: TrainingSet, at: int | None = None) -> tuple[TrainingSet
     if at is not None:
         return rows.split(at)
     first, last = int(rows.event_time[0]), int(rows.event_time[-1])
-    by_rows = round((1.0 - _HELD_OUT_SHARE) * len(rows))
-    by_time = int(np.searchsorted(rows.event_time, last - round(_HELD_OUT_SHARE * (last - first))))
+    by_rows = round((1.0 - HELD_OUT_SHARE) * len(rows))
+    by_time = int(np.searchsorted(rows.event_time, last - round(HELD_OUT_SHARE * (last - first))))
     cut = max(by_rows, by_time)
     if enough_of_both(rows.take(slice(cut, len(rows)))) is not None:
         cut = by_rows
@@ -115,8 +123,6 @@ def figures(logit: NDArray[np.float64], rows: TrainingSet, base_rate: float) -> 
     return found
 
 
-def base_rate_of(rows: TrainingSet) -> float:
+def base_rate_of(rows: TrainingRows) -> float:
     """Share of positives once all outcomes are known."""
-    return cure_base_rate(
-        rows.label.astype(np.float64), rows.observed_share.astype(np.float64), rows.weight.astype(np.float64)
-    )
+    return base_rate_and_weight(rows)[0]

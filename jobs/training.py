@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from calibration.chain import CalibrationChain
 from jobs.first_calibration import fit_first_calibrator
-from jobs.held_out import base_rate_of, enough_of_both, figures, informative, progressive_logit, split_in_time
+from jobs.held_out import figures, progressive_logit
+from jobs.training_split import TaskRows, TaskSplit, in_memory, split_task
 from models.gbdt import GbdtModel
 from models.student import Student
 from pipelines.config import Config, Task
 from pipelines.errors import DataError
 from pipelines.feature_spec import FeatureSpec
+from pipelines.streamed_rows import StreamedRows
 from pipelines.training_set import TrainingSet
 
 __all__ = ["TaskModels", "Trained", "train_models"]
@@ -55,7 +57,7 @@ class Trained:
 
 
 def train_models(
-    sets: Mapping[Task, TrainingSet],
+    sets: Mapping[Task, TaskRows],
     spec: FeatureSpec,
     config: Config,
     *,
@@ -82,7 +84,9 @@ def train_models(
 
     Parameters
     ----------
-    sets : mapping of task to TrainingSet
+    sets : mapping of task to TrainingSet or StreamedRows
+        Rows in time order. Those in files are streamed to networks; trees load them while they are fitted.
+        The models are the same.
     spec : FeatureSpec
     config : Config
     now_split : int, optional
@@ -107,39 +111,27 @@ def train_models(
     skipped: dict[str, str] = {}
     for task, rows in sets.items():
         names = _segment_names(rows, config, segments)
-        used = informative(rows)
-        reason = enough_of_both(used)
-        if reason is None:
-            train, held_out = split_in_time(used, now_split)
-            reason = enough_of_both(train)
-            reason = reason and f"before the held-out window: {reason}"
-        if reason is not None:
-            skipped[task] = reason
-            continue
-        report = _counts(rows, train, held_out)
-        models[task] = _train_task(task, used, train, held_out, spec, config, names, report)
+        split = split_task(rows, now_split)
+        if isinstance(split, str):
+            skipped[task] = split
+        else:
+            models[task] = _train_task(task, split, spec, config, names)
     return Trained(models, skipped)
 
 
 def _train_task(
-    task: Task,
-    rows: TrainingSet,
-    train: TrainingSet,
-    held_out: TrainingSet,
-    spec: FeatureSpec,
-    config: Config,
-    segments: tuple[str, ...],
-    report: dict[str, Any],
+    task: Task, split: TaskSplit, spec: FeatureSpec, config: Config, segments: tuple[str, ...]
 ) -> TaskModels:
-    delay = _label_delay(task, train, config)
+    delay = _label_delay(task, split.span, config)
     method = config.calibration.method
+    train, held_out, report = split.train, split.held_out, dict(split.report)
     base_rate = report["base_rate"]
 
     teacher, length = _fit_teacher(train, held_out, spec, config, delay)
     logit = teacher.predict_logit(held_out.buckets, held_out.numbers)
     teacher_calibrator = fit_first_calibrator(logit, held_out, method, online=False)
     report["teacher"] = _summary(logit, held_out, base_rate, teacher_calibrator) | length
-    teacher, _ = _fit_teacher(rows, None, spec, config, delay, length)
+    teacher, _ = _fit_teacher(split.used, None, spec, config, delay, length)
 
     student = Student.create(spec, config.student)
     epochs = student.fit(train, held_out).epochs
@@ -153,22 +145,8 @@ def _train_task(
     return TaskModels(teacher, teacher_calibrator, student, student_calibrator, report)
 
 
-def _counts(rows: TrainingSet, train: TrainingSet, held_out: TrainingSet) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "rows": len(rows),
-        "positives": int(np.count_nonzero(rows.label > 0.5)),
-        "used_rows": len(train) + len(held_out),
-        "held_out_rows": len(held_out),
-        "held_out_positives": int(np.count_nonzero(held_out.label > 0.5)),
-        "base_rate": base_rate_of(train),
-    }
-    if len(held_out):
-        found["held_out_from"] = int(held_out.event_time[0])
-    return found
-
-
 def _fit_teacher(
-    rows: TrainingSet,
+    rows: TaskRows,
     validation: TrainingSet | None,
     spec: FeatureSpec,
     config: Config,
@@ -181,7 +159,7 @@ def _fit_teacher(
         done = network.fit(rows, validation, epochs=None if length is None else length["epochs"])
         return network, {"epochs": done.epochs}
     trees = GbdtModel.fit(
-        rows,
+        in_memory(rows),
         spec,
         config.teacher,
         validation,
@@ -199,19 +177,19 @@ def _summary(
     return {**found, "calibration": calibrator.method}
 
 
-def _label_delay(task: Task, train: TrainingSet, config: Config) -> int:
-    """Milliseconds after which an outcome is taken as known.
+def _label_delay(task: Task, span: int, config: Config) -> int:
+    """Milliseconds after which an outcome is taken as known, for training rows of a span (ms).
 
-    The window of the task; but at most an eighth of the training span, or a window as long as the log would
-    leave no row with a label to see.
+    The window of the task; but at most an eighth of the span, or a window as long as the log would leave no
+    row with a label to see.
     """
     attribution = config.attribution
     window = attribution.click_window if task == "click" else attribution.attribution_window
-    return min(window, int(train.event_time[-1] - train.event_time[0]) // 8)
+    return min(window, span // 8)
 
 
-def _segment_names(rows: TrainingSet, config: Config, segments: tuple[str, ...] | None) -> tuple[str, ...]:
-    columns = rows.segment_key.shape[1]
+def _segment_names(rows: TaskRows, config: Config, segments: tuple[str, ...] | None) -> tuple[str, ...]:
+    columns = rows.segments if isinstance(rows, StreamedRows) else rows.segment_key.shape[1]
     names = config.calibration.segments if segments is None else segments
     if segments is None and columns == 0:
         # The log has none of the configured columns.

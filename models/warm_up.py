@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from models.losses import cure_base_rate, cure_derivatives, cured_log_loss
+from models.base_rate import base_rate_and_weight
+from models.losses import cure_derivatives, cured_log_loss
 from pipelines.errors import DataError
 from pipelines.training_set import TrainingRows, TrainingSet
 
@@ -19,8 +20,6 @@ __all__ = ["WarmUp", "warm_up"]
 
 # Epochs without a better validation loss before training stops.
 _PATIENCE = 2
-# Rows whose sums are taken together: the same for rows in memory and in files, or the last bit would differ.
-_SUMMED_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def warm_up(student: Student, train: TrainingRows, validation: TrainingSet | Non
     """
     if len(train) == 0:
         raise DataError("no rows to train on.", hint="widen the training window")
-    rate, mean_weight = _base_rate_and_weight(train)
+    rate, mean_weight = base_rate_and_weight(train)
     student.weights["bias"].fill_(float(np.log(rate / (1.0 - rate))))
     student.thaw()
     losses: list[float] = []
@@ -86,17 +85,6 @@ def warm_up(student: Student, train: TrainingRows, validation: TrainingSet | Non
         student.load_state(best)
     student.freeze()
     return WarmUp(int(np.argmin(losses)) + 1 if losses else epochs, tuple(losses))
-
-
-def _base_rate_and_weight(train: TrainingRows) -> tuple[float, float]:
-    """Share of positives once all outcomes are known, and the mean weight of a row."""
-    sums = []
-    for batch in train.batches(_SUMMED_ROWS):
-        weight = batch.weight.astype(np.float64)
-        sums.append((np.sum(weight * batch.label), np.sum(weight * batch.observed_share), np.sum(weight)))
-    positives, exposure, weights = np.array(sums, np.float64).T
-    # To the base rate a batch is like one row that holds its sums.
-    return cure_base_rate(positives, exposure, np.ones(len(sums))), float(weights.sum()) / len(train)
 
 
 def _one_epoch(student: Student, train: TrainingRows, mean_weight: float) -> None:
