@@ -224,8 +224,9 @@ def _warm_up(plan: _Plan, loop: OnlineLoop) -> tuple[FirstReleases, dict[str, st
         rows=max(len(rows_of_task) for rows_of_task in sets.values()),
         figures={task: one.report for task, one in trained.models.items()},
         late_share=warm_up.late_share,
+        delay=warm_up.delay,
     )
-    loop.begin(first.students(), first.calibrators(), first.teachers(), first.late_share)
+    loop.begin(first.students(), first.calibrators(), first.teachers(), first.late_share, first.delay)
     plan.clock.lap("train")
     return first, dict(trained.skipped)
 

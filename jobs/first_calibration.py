@@ -85,14 +85,14 @@ def _level_shift(logit: NDArray[np.float64], rows: TrainingSet, weight: NDArray[
 def _soft_labels(
     logit: NDArray[np.float64], rows: TrainingSet, weight: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    positive, share = rows.label > 0.5, rows.observed_share.astype(np.float64)
-    soft = np.where(positive, 1.0, cure_posterior(logit, share))
+    label, share = rows.label.astype(np.float64), rows.observed_share.astype(np.float64)
+    soft = label + (1.0 - label) * cure_posterior(logit, share)
     if (share >= 1.0).all():
         return soft
     for _ in range(_MAXIMUM_STEPS):
         line = CalibrationChain.fit(logit, soft, weight, method="platt")
         calibrated = np.asarray(line.transform_logit(logit), np.float64)
-        before, soft = soft, np.where(positive, 1.0, cure_posterior(calibrated, share))
+        before, soft = soft, label + (1.0 - label) * cure_posterior(calibrated, share)
         if float(np.max(np.abs(soft - before))) < _LARGEST_CHANGE:
             break
     return soft

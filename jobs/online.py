@@ -6,7 +6,7 @@ What commits and publishes, and where events come from, is the caller's: `jobs.s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 from calibration.chain import CalibrationChain
 from jobs.prepared import StepEvents, Teacher
 from jobs.progressive import ProgressiveQuality
+from models.base import sigmoid
+from models.late_head import LateHead
 from models.losses import policy_weights
 from models.student import LearnBatch, Student
 from monitoring.accounting import Accounting
 from pipelines.config import Config, Task
+from pipelines.delay import DelayCurve
 from pipelines.duration import HOUR_MS
 from pipelines.events import KINDS
 from pipelines.joined import Examples, Joined, NegativeDelay
@@ -30,6 +33,12 @@ __all__ = ["OnlineLoop", "Predicted", "StepResult"]
 
 Floats = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
+
+# Calibrators hear single rows, each with the weights that make its policy unbiased. The loss of fnc has no
+# such weights, and bidefuse has two heads: these are policies that say the same rows.
+_SAYS_THE_SAME = {"fnc": "fnw", "defuse": "esdfm", "bidefuse": "esdfm"}
+# Of these a window's later rows are of no use without its first.
+_SAY_AGAIN = ("vanilla", "fnw", "fnc", "esdfm", "defer", "defuse", "bidefuse")
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,8 @@ class OnlineLoop:
         self.students: dict[Task, Student] = {}
         self.calibrators: dict[Task, CalibrationChain] = {}
         self.late_share: dict[Task, float] = {}
+        self.delay: dict[Task, DelayCurve] = {}
+        self.late_heads: dict[Task, LateHead] = {}
         self.joiner = Joiner(
             config.attribution,
             [config.policy(task) for task in config.attribution.tasks],
@@ -144,20 +155,28 @@ class OnlineLoop:
         calibrators: Mapping[Task, CalibrationChain],
         teachers: Mapping[Task, Teacher],
         late_share: Mapping[Task, float] | None = None,
+        delay: Mapping[Task, DelayCurve] | None = None,
     ) -> None:
         """End the warm-up: from the next step on, predict and learn.
 
         Impressions whose windows are open were learned from, so a prediction of them is no progressive one
-        and is not calibrated on. One exception: under ``fnw`` and ``fnc`` their negatives have been said
-        during the warm-up and their positives are still to come; without these the calibrator would hear too
-        few positives until the window of the first impression has closed.
+        and is not calibrated on. One exception: where a policy says windows again, their negatives have been
+        said during the warm-up and their positives are still to come; without these the calibrator would hear
+        too few positives until the window of the first impression has closed.
 
-        ``late_share`` is, by task, the share of the outcomes that come after the observation window (policy
-        ``esdfm``; 1 where it is not known).
+        ``late_share`` is, by task, the share of the outcomes that come after the observation window (1 where
+        it is not known); ``delay`` says how late they come (policy ``relabel``; without it no row is taken to
+        be young).
         """
         self.tasks = tuple(students)
         self.students, self.calibrators = dict(students), dict(calibrators)
         self.late_share = dict.fromkeys(self.tasks, 1.0) | dict(late_share or {})
+        self.delay = dict(delay or {})
+        self.late_heads = {
+            task: LateHead(student.spec, student.config, self.late_share[task])
+            for task, student in students.items()
+            if self.config.policy(task) == "bidefuse"
+        }
         self.replay = {task: self.replay[task] for task in self.tasks}
         features = self.joiner.features
         if "buckets" not in features:
@@ -169,7 +188,7 @@ class OnlineLoop:
         for name in ("teacher_logit", "logit", "probability"):
             features[name] = np.full((len(features["buckets"]), len(self.tasks)), np.nan, np.float32)
         for column, task in enumerate(self.tasks if len(slots) else ()):
-            if self.config.policy(task) in ("fnw", "fnc"):
+            if self.config.policy(task) in _SAY_AGAIN:
                 features["logit"][slots, column] = students[task].predict_logit(buckets, numbers)
             features["teacher_logit"][slots, column] = teachers[task].calibrated_logit(buckets, numbers, keys)
 
@@ -208,31 +227,50 @@ class OnlineLoop:
         if len(examples) == 0:
             return 0
         features, config = self.joiner.features, self.config
-        first = examples.kind == FIRST
-        teacher = np.where(first, features["teacher_logit"][examples.slot, column], np.nan)
-        columns: Arrays = {
-            "buckets": features["buckets"][examples.slot],
-            "numbers": features["numbers"][examples.slot],
-            "label": examples.label.astype(np.float32),
-            "weight": examples.weight.astype(np.float32),
-            "first": first,
-            "teacher_logit": teacher.astype(np.float64),
-        }
+        columns = self._columns(task, examples)
+        teacher = features["teacher_logit"][examples.slot, column]
+        columns["teacher_logit"] = np.where(columns["first"], teacher, np.nan).astype(np.float64)
         wanted = round(config.replay.ratio * len(examples))
         again = self.replay[task].draw(wanted, int(examples.known_at[-1]), self.step_number)
         if again is not None:
             columns = {name: np.concatenate([values, again[name]]) for name, values in columns.items()}
+        columns["late_share"] = self._late_share(task, columns.pop("elapsed"))
         for start in range(0, len(columns["label"]), _mini_batch(config, len(columns["label"]))):
             part = slice(start, start + _mini_batch(config, len(columns["label"])))
-            self.students[task].learn(
-                LearnBatch(
-                    **{name: values[part] for name, values in columns.items()},
-                    policy=config.policy(task),
-                    distillation_weight=config.distillation.weight,
-                    late_share=self.late_share[task],
-                )
+            batch = LearnBatch(
+                **{name: values[part] for name, values in columns.items()},
+                policy=config.policy(task),
+                distillation_weight=config.distillation.weight,
             )
+            if task in self.late_heads:
+                batch = self._learn_late_share(task, batch)
+            self.students[task].learn(batch)
         return len(examples)
+
+    def _learn_late_share(self, task: Task, batch: LearnBatch) -> LearnBatch:
+        """Let the second head learn; returns the batch with the shares that it predicted before."""
+        head = self.late_heads[task]
+        batch = replace(batch, late_share=head.share(batch.buckets, batch.numbers))
+        head.learn(batch, sigmoid(self.students[task].predict_logit(batch.buckets, batch.numbers)))
+        return batch
+
+    def _columns(self, task: Task, examples: Examples) -> Arrays:
+        """What is learned from rows, but for the teacher."""
+        features = self.joiner.features
+        return {
+            "buckets": features["buckets"][examples.slot],
+            "numbers": features["numbers"][examples.slot],
+            "label": examples.label.astype(np.float32),
+            "weight": examples.weight.astype(np.float32),
+            "first": examples.kind == FIRST,
+            "elapsed": examples.elapsed,
+        }
+
+    def _late_share(self, task: Task, elapsed: NDArray[np.int64]) -> Floats:
+        """Share of the outcomes that come later than rows of windows of this age (ms), shape (n,)."""
+        if self.config.policy(task) == "relabel":
+            return 1.0 - self.delay[task].cdf(elapsed) if task in self.delay else np.zeros(len(elapsed))
+        return np.full(len(elapsed), self.late_share[task])
 
     def _calibrate(self, task: Task, column: int, examples: Examples) -> None:
         """Update the calibrator from what was predicted when each impression arrived."""
@@ -246,13 +284,12 @@ class OnlineLoop:
         slot, logit = examples.slot[known], logit[known]
         label, weight = examples.label[known].astype(np.float64), examples.weight[known]
         keys = features["segment_key"][slot]
-        policy = self.config.policy(task)
-        # Rows of fnc are those of fnw; its own weights are no weights of single rows.
-        positive, negative = policy_weights(
-            "fnw" if policy == "fnc" else policy, label, chain.transform(logit, keys), self.late_share[task]
-        )
-        weight = weight * (positive + negative)
-        chain.update(logit, label, weight, keys)
+        policy = _SAYS_THE_SAME.get(self.config.policy(task), self.config.policy(task))
+        late_share = self._late_share(task, examples.elapsed[known])
+        positive, negative = policy_weights(policy, label, chain.transform(logit, keys), late_share)
+        total = positive + negative
+        soft = np.divide(positive, total, out=label, where=total > 0)
+        chain.update(logit, soft, weight * total, keys)
         if self.clock // HOUR_MS != self.refitted_hour:
             # How far segments are shrunk is estimated anew once an hour of event time.
             for own in self.calibrators.values():
@@ -260,22 +297,12 @@ class OnlineLoop:
             self.refitted_hour = self.clock // HOUR_MS
 
     def _remember(self, task: Task, examples: Examples) -> None:
-        features = self.joiner.features
         if len(examples) == 0 or self.config.replay.ratio == 0:
             return
-        n = len(examples)
-        self.replay[task].add(
-            {
-                "known_at": examples.known_at,
-                "buckets": features["buckets"][examples.slot],
-                "numbers": features["numbers"][examples.slot],
-                "label": examples.label.astype(np.float32),
-                "weight": examples.weight.astype(np.float32),
-                # A replayed row is learned from its label alone: the teacher has spoken when it was fresh.
-                "first": np.zeros(n, np.bool_),
-                "teacher_logit": np.full(n, np.nan),
-            }
-        )
+        # A replayed row is learned from its label alone: the teacher has spoken when it was fresh.
+        teacher = np.full(len(examples), np.nan)
+        columns = self._columns(task, examples)
+        self.replay[task].add({"known_at": examples.known_at, **columns, "teacher_logit": teacher})
 
     def _account(self, events: StepEvents, joined: Joined) -> None:
         for kind, rows in events.read.items():

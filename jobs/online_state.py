@@ -37,6 +37,9 @@ def loop_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
     }
     for task, student in loop.students.items():
         arrays.update({f"student/{task}/{name}": np.array(value) for name, value in student.state().items()})
+        if task in loop.late_heads:
+            head = loop.late_heads[task].state()
+            arrays.update({f"late_head/{task}/{name}": np.array(value) for name, value in head.items()})
         columns, hours = loop.replay[task].state()
         arrays.update({f"replay/{task}/{name}": value for name, value in columns.items()})
         plain["replay"][task] = hours
@@ -68,6 +71,8 @@ def load_loop_state(loop: OnlineLoop, arrays: Arrays, plain: dict[str, Any]) -> 
         student.load_state(_under(arrays, f"student/{task}/"))
         if student.frozen_digest() != plain["frozen"][task]:
             raise StaleStateError(f"the frozen layers of the {task} student are not those of the checkpoint.")
+        if task in loop.late_heads:
+            loop.late_heads[task].load_state(_under(arrays, f"late_head/{task}/"))
         loop.calibrators[task] = CalibrationChain.from_state(plain["calibrators"][task])
         loop.replay[task].load_state(_under(arrays, f"replay/{task}/"), plain["replay"][task])
     loop.joiner.load_state(_under(arrays, "joiner/"), plain["joiner"])

@@ -19,7 +19,9 @@ from jobs.training import TaskModels
 from models.base import Model
 from models.student import Student
 from pipelines.config import Config, Task, dump_config, parse_config
+from pipelines.delay import DelayCurve
 from pipelines.feature_spec import FeatureSpec
+from pipelines.label_plan import thinned
 
 __all__ = ["CalibratedTeacher", "FirstReleases", "load_first", "publish_student", "write_first"]
 
@@ -63,6 +65,12 @@ class FirstReleases:
         """By task, the share of the outcomes that come after the observation window."""
         return {task: float(share) for task, share in self.student.manifest.extra["late_share"].items()}
 
+    @property
+    def delay(self) -> dict[Task, DelayCurve]:
+        """By task, how late the outcomes come."""
+        curves = self.student.manifest.extra["delay"]
+        return {task: DelayCurve.from_state(state) for task, state in curves.items()}
+
     def teachers(self) -> dict[Task, Teacher]:
         """The teacher of each task."""
         return {
@@ -99,6 +107,7 @@ def write_first(
     rows: int,
     figures: Mapping[str, Any],
     late_share: Mapping[Task, float],
+    delay: Mapping[Task, DelayCurve] | None = None,
 ) -> FirstReleases:
     """Write the teacher's and the first student's release and point ``teacher`` and ``CURRENT`` at them."""
     common: dict[str, Any] = {
@@ -111,6 +120,7 @@ def write_first(
             "warm_up_until": warm_up_until,
             "quality": dict(figures),
             "late_share": dict(late_share),
+            "delay": {task: thinned(curve).state() for task, curve in (delay or {}).items()},
         },
         "epoch": 0,
         "step": 0,

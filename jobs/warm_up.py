@@ -27,13 +27,15 @@ class WarmUp:
     ----------
     late_share : dict of str to float
         By task, the share of the outcomes that come after the observation window; filled by
-        `training_sets`.
+        `training_sets`, like ``delay``.
+    delay : dict of str to DelayCurve
     """
 
     def __init__(self, loop: OnlineLoop) -> None:
         self.loop = loop
         self._rows: dict[Task, list[dict[str, NDArray[Any]]]] = {task: [] for task in loop.replay}
         self.late_share: dict[Task, float] = {}
+        self.delay: dict[Task, DelayCurve] = {}
 
     def add(self, result: StepResult) -> None:
         """Keep the windows that one step has closed."""
@@ -75,6 +77,7 @@ class WarmUp:
         positive = columns["label"] > 0
         delay = (columns["outcome_time"] - columns["event_time"])[positive]
         curve = DelayCurve.fit(delay, elapsed[positive])
+        self.delay[task] = curve
         self.late_share[task] = late_share(self.loop.config, task, curve)
         observed = np.where(columns["mature"], 1.0, curve.cdf(elapsed))
         return TrainingSet(

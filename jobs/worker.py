@@ -249,7 +249,11 @@ class Worker:
                 hint="name the --releases folder that belongs to this --state, or a new --state folder",
             )
         self.loop.begin(
-            self.first.students(), self.first.calibrators(), self._frozen.teachers, self.first.late_share
+            self.first.students(),
+            self.first.calibrators(),
+            self._frozen.teachers,
+            self.first.late_share,
+            self.first.delay,
         )
         load_loop_state(self.loop, checkpoint.arrays, plain)
         self.segments = list(checkpoint.manifest["outputs"])
@@ -273,7 +277,11 @@ class Worker:
     def _step(self, events: StepEvents) -> None:
         if not self.loop.tasks and events.clock >= self.first.warm_up_until:
             self.loop.begin(
-                self.first.students(), self.first.calibrators(), self._frozen.teachers, self.first.late_share
+                self.first.students(),
+                self.first.calibrators(),
+                self._frozen.teachers,
+                self.first.late_share,
+                self.first.delay,
             )
             self._committed_step = self.loop.step_number
         result = self.loop.step(events)

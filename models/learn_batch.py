@@ -28,16 +28,17 @@ class LearnBatch:
     label : ndarray, shape (n,)
         In [0, 1], as emitted under ``policy``.
     weight : ndarray, shape (n,)
-        Traffic ratio and replay weight, > 0.
+        Share of the window that the row stands for, times the traffic ratio; > 0.
     first : bool or ndarray of bool, shape (n,)
-        First emission of the row; only those are distilled.
+        First row of its window; only those are distilled.
     teacher_logit : ndarray of float64, shape (n,)
         Calibrated logit of the teacher, NaN where there is none.
-    policy : {"wait", "vanilla", "fnw", "fnc", "esdfm"}
+    policy : str
+        One of `pipelines.config_sections.Policy`.
     distillation_weight : float
         Of the cross entropy to the teacher, beside 1 for the policy's loss.
-    late_share : float
-        Share of the outcomes that come after the observation window: see `models.losses.policy_weights`.
+    late_share : float or ndarray, shape (n,)
+        Share of the outcomes that come later than the row: see `models.losses.policy_weights`.
     """
 
     buckets: NDArray[np.int32]
@@ -48,7 +49,7 @@ class LearnBatch:
     teacher_logit: NDArray[np.float64]
     policy: str
     distillation_weight: float
-    late_share: float = 1.0
+    late_share: float | NDArray[np.floating] = 1.0
 
     def __len__(self) -> int:
         return len(self.label)
@@ -62,9 +63,8 @@ class LearnBatch:
             If a label, weight or logit is not a number.
         """
         probability = sigmoid(logit)
-        gradient = policy_gradient(
-            self.policy, np.asarray(self.label, np.float64), probability, self.late_share
-        )
+        label, late_share = np.asarray(self.label, np.float64), np.asarray(self.late_share, np.float64)
+        gradient = policy_gradient(self.policy, label, probability, late_share, self.first)
         distilled = self.first & np.isfinite(self.teacher_logit)
         if self.distillation_weight > 0.0 and distilled.any():
             # Rows without a teacher get a harmless logit and are masked out.

@@ -20,35 +20,49 @@ __all__ = [
     "cure_posterior",
     "cured_log_loss",
     "distillation_gradient",
+    "head_gradients",
+    "head_weights",
     "policy_gradient",
     "policy_weights",
 ]
 
 Array = NDArray[np.float64]
+# Where a probability is 1 to the last bit.
+_LEAST = 1e-12
 
 
 def policy_weights(
-    policy: str, label: Array, probability: Array, late_share: float = 1.0
+    policy: str,
+    label: Array,
+    probability: Array,
+    late_share: float | Array = 1.0,
+    first: bool | NDArray[np.bool_] = True,
 ) -> tuple[Array, Array]:
     """Weights ``(w_pos, w_neg)`` of ``w_pos l1 + w_neg l0`` for rows emitted under a delayed-feedback policy.
 
     ``f`` in the weights is a constant: it is never differentiated. A soft label ``c`` counts as ``c`` of a
     positive and ``1 - c`` of a negative.
 
-    ========== ================== ====================== ==========================================
-    policy     w_pos              w_neg                  optimum for outcome probability p
-    ========== ================== ====================== ==========================================
-    wait       v                  1 - v                  p
-    vanilla    v                  1 - v                  p / (1 + p_dp), p_dp of them delayed
-    fnw        v (1 + f)          (1 - v)(1 - f)(1 + f)  p
-    fnc        v                  (1 - f) / (1 + f)      p
-    esdfm      v (1 + d)          (1 - v)(1 + d) r       p
-    ========== ================== ====================== ==========================================
+    ========== ====================== ========================== ==================================
+    policy     w_pos                  w_neg                      optimum for outcome probability p
+    ========== ====================== ========================== ==================================
+    wait       v                      1 - v                      p
+    vanilla    v                      1 - v                      p / (1 + p_dp), p_dp of them delayed
+    fnw        v (1 + f)              (1 - v)(1 - f)(1 + f)      p
+    fnc        v                      (1 - f) / (1 + f)          p
+    esdfm      v (1 + d)              (1 - v)(1 + d) r           p
+    defer      v f / (f - d/2)        (1 - v)(1 - f) / (1 - f + d/2)    p
+    defuse     v (1 + d) + (1 - v) z d, a delayed positive: v
+                                      (1 - v)(1 - z)(1 + d)      p
+    relabel    v + (1 - v) z          (1 - v)(1 - z)             p
+    ========== ====================== ========================== ==================================
 
-    For ES-DFM ``d = f s`` is the chance of an outcome after the observation window, ``s`` being the share of
-    outcomes that come that late, and ``r = (1 - f) / (1 - f + d)`` that of a true negative among rows without
-    an outcome by then. The paper learns ``d`` and ``r`` by further networks; here ``s`` is read off the delay
-    curve of the warm-up and ``f`` is the model's own, as in FNW, which is the case ``s = 1``.
+    ``s`` is the share of the outcomes that come later than the row, ``d = f s`` the chance of one,
+    ``r = (1 - f) / (1 - f + d)`` that of a true negative among rows without an outcome by then, and
+    ``z = 1 - r``. The papers learn ``d`` and ``r`` by further networks; here ``s`` is read off the delay
+    curve and ``f`` is the model's own, as in FNW, which is ES-DFM with ``s = 1``. So DEFER's
+    ``f / (f - d/2)`` lies in [1, 2]. The weights of ``relabel`` are those of one step of EM on `cure_loss`:
+    they have its gradient.
 
     FNC is cross entropy of ``q``, the share of positives among emitted rows, followed by ``p = q / (1 - q)``.
     We predict ``p`` itself and substitute ``q = p / (1 + p)``: the loss becomes ``-v log p + log(1 + p)``,
@@ -57,13 +71,16 @@ def policy_weights(
 
     Parameters
     ----------
-    policy : {"wait", "vanilla", "fnw", "fnc", "esdfm"}
+    policy : str
+        One of `pipelines.config_sections.Policy` but ``bidefuse``: see `head_weights`.
     label : ndarray, shape (n,)
         In [0, 1].
     probability : ndarray, shape (n,)
         The model's own prediction at this moment.
-    late_share : float
-        ``s``, in [0, 1]; used by ``esdfm`` only.
+    late_share : float or ndarray of shape (n,)
+        ``s``, in [0, 1]; after the observation window, or for ``relabel`` after the row's age.
+    first : bool or ndarray of bool, shape (n,)
+        Whether it is the first row of its window; used by ``defuse`` only.
 
     Raises
     ------
@@ -74,7 +91,9 @@ def policy_weights(
     ----------
     Ktena et al. (2019), arXiv 1907.06558, section 3.2 (FNW: eq. 9; FNC: eq. 13). Yang et al. (2021),
     Capturing delayed feedback in conversion rate prediction via elapsed-time sampling, arXiv 2012.03245
-    (ES-DFM).
+    (ES-DFM). Gu et al. (2021), Real negatives matter, arXiv 2104.14121 (DEFER). Chen et al. (2022),
+    Asymptotically unbiased estimation for delayed feedback modeling via label correction, arXiv 2202.06472
+    (DEFUSE).
 
     Examples
     --------
@@ -82,23 +101,108 @@ def policy_weights(
     >>> positive.tolist(), negative.round(2).tolist()
     ([1.2, 0.0], [0.0, 0.96])
     """
+    other = 1.0 - label
     if policy in ("wait", "vanilla"):
-        return label, 1.0 - label
+        return label, other
     if policy == "fnw":
-        return label * (1.0 + probability), (1.0 - label) * (1.0 - probability) * (1.0 + probability)
+        return label * (1.0 + probability), other * (1.0 - probability) * (1.0 + probability)
     if policy == "fnc":
         return label, (1.0 - probability) / (1.0 + probability)
+    late, never = probability * late_share, np.maximum(1.0 - probability, _LEAST)
+    if policy == "defer":
+        return label / (1.0 - 0.5 * np.asarray(late_share)), other * never / (never + 0.5 * late)
+    real, fake = never / (never + late), late / (never + late)
     if policy == "esdfm":
-        late = probability * late_share
-        true_negative = (1.0 - probability) / (1.0 - probability + late)
-        return label * (1.0 + late), (1.0 - label) * (1.0 + late) * true_negative
-    raise ConfigError(f"expected a policy among wait, vanilla, fnw, fnc, esdfm. Received: {policy!r}.")
+        return label * (1.0 + late), other * (1.0 + late) * real
+    if policy == "defuse":
+        positive = np.where(first, label * (1.0 + late) + other * fake * late, label)
+        return positive, np.where(first, other * (1.0 + late) * real, 0.0)
+    if policy == "relabel":
+        return label + other * fake, other * real
+    raise ConfigError(
+        "expected a policy among wait, vanilla, fnw, fnc, esdfm, defer, defuse, relabel. "
+        f"Received: {policy!r}."
+    )
 
 
-def policy_gradient(policy: str, label: Array, probability: Array, late_share: float = 1.0) -> Array:
-    """Derivative of the policy's loss with respect to the logit, shape (n,)."""
-    positive, negative = policy_weights(policy, label, probability, late_share)
+def policy_gradient(
+    policy: str,
+    label: Array,
+    probability: Array,
+    late_share: float | Array = 1.0,
+    first: bool | NDArray[np.bool_] = True,
+) -> Array:
+    """Derivative of the policy's loss with respect to the logit, shape (n,); parameters as `policy_weights`.
+
+    For ``bidefuse`` ``late_share`` is what the second head predicts, and the gradient is the first one of
+    `head_gradients`.
+    """
+    if policy == "bidefuse":
+        return head_gradients(label, probability, np.asarray(late_share, np.float64), first)[0]
+    positive, negative = policy_weights(policy, label, probability, late_share, first)
     return negative * probability - positive * (1.0 - probability)
+
+
+def head_weights(
+    label: Array, outside: Array, first: bool | NDArray[np.bool_]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+    """Bi-DEFUSE's weights ``(w_pos, w_neg)`` of the in-window head, and those of the out-of-window head.
+
+    The in-window head sees first rows, by cross entropy; its optimum is the probability ``p_in`` of an
+    outcome by the first row. The other head sees every first row as a negative, and delayed positives, with
+    the weights of FNW; its optimum is the probability ``p_out`` of a later outcome.
+
+    Parameters
+    ----------
+    label : ndarray, shape (n,)
+        In [0, 1].
+    outside : ndarray, shape (n,)
+        The prediction of ``p_out`` at this moment.
+    first : bool or ndarray of bool, shape (n,)
+
+    References
+    ----------
+    Chen et al. (2022), arXiv 2202.06472, section 4.3.
+    """
+    is_first = np.broadcast_to(np.asarray(first, np.bool_), label.shape)
+    inside = (np.where(is_first, label, 0.0), np.where(is_first, 1.0 - label, 0.0))
+    weight = 1.0 + outside
+    return inside, (
+        np.where(is_first, 0.0, label * weight),
+        np.where(is_first, (1.0 - outside) * weight, 0.0),
+    )
+
+
+def head_gradients(
+    label: Array, probability: Array, late_share: Array, first: bool | NDArray[np.bool_]
+) -> tuple[Array, Array]:
+    """Derivatives of Bi-DEFUSE's loss with respect to two logits, each of shape (n,).
+
+    The heads are the probability ``p`` of an outcome and the share ``s`` of the outcomes that come late:
+    ``p_in = p (1 - s)`` and ``p_out = p s``. So their sum, which is served, is the first head itself and
+    never leaves [0, 1]; the paper learns the two parts and clips the sum. The optimum is the same.
+
+    Parameters
+    ----------
+    label, probability, late_share : ndarray, shape (n,)
+        In [0, 1]; the last two predicted at this moment.
+    first : bool or ndarray of bool, shape (n,)
+
+    Returns
+    -------
+    by the logit of p, by the logit of s
+    """
+    never = np.maximum(1.0 - probability, _LEAST)
+    inside, outside = probability * (1.0 - late_share), probability * late_share
+    (in_pos, in_neg), (out_pos, out_neg) = head_weights(label, outside, first)
+    # By the logarithms of p_in and p_out. These have the derivative 1 - p by the logit of p, and -s and 1 - s
+    # by that of s.
+    by_inside = in_neg * inside / (never + outside) - in_pos
+    by_outside = out_neg * outside / (never + inside) - out_pos
+    return (
+        (by_inside + by_outside) * never,
+        by_outside * (1.0 - late_share) - by_inside * late_share,
+    )
 
 
 def distillation_gradient(policy: str, probability: Array, teacher_probability: Array) -> Array:
@@ -126,7 +230,8 @@ def cure_loss(logit: Array, label: Array, observed_share: Array) -> Array:
     """Negative log likelihood of labels as they are known now, shape (n,).
 
     ``-log p`` for label 1 and ``-log(1 - p F)`` for label 0, ``F`` being the share of the outcomes to come
-    that would be known by now. With ``F = 1`` it is the log loss.
+    that would be known by now. With ``F = 1`` it is the log loss. A label ``c`` between is ``c`` of the one
+    and ``1 - c`` of the other.
 
     References
     ----------
@@ -141,7 +246,7 @@ def cure_loss(logit: Array, label: Array, observed_share: Array) -> Array:
         hidden = logit + np.log1p(-np.asarray(observed_share, np.float64))
     # 1 - pF = (1 + (1 - F) e^z) / (1 + e^z): its logarithm is a difference of softplus, stable for every z.
     negative = np.logaddexp(0.0, logit) - np.logaddexp(0.0, hidden)
-    return np.where(label > 0.5, np.logaddexp(0.0, -logit), negative)
+    return np.asarray(label * np.logaddexp(0.0, -logit) + (1.0 - label) * negative, np.float64)
 
 
 def cure_derivatives(
@@ -153,13 +258,11 @@ def cure_derivatives(
     `cure_posterior`. The loss of a fresh negative is not convex; ``majorised`` gives ``p (1 - p)`` for all
     rows instead: the curvature of the EM bound, positive and never below the true one. LightGBM gets that.
     """
-    probability = sigmoid(logit)
-    positive = label > 0.5
-    posterior = np.where(positive, 1.0, cure_posterior(logit, observed_share))
+    probability, posterior = sigmoid(logit), cure_posterior(logit, observed_share)
     curvature = probability * (1.0 - probability)
     if not majorised:
-        curvature = curvature - posterior * (1.0 - posterior)
-    return probability - posterior, curvature
+        curvature = curvature - (1.0 - label) * posterior * (1.0 - posterior)
+    return probability - label - (1.0 - label) * posterior, curvature
 
 
 def cure_base_rate(label: Array, observed_share: Array, weight: Array) -> float:

@@ -12,15 +12,17 @@ from collections.abc import Mapping
 
 from pipelines.config import Config, Task
 from pipelines.config_sections import TaskLabelsConfig
-from pipelines.delay import DelayCurve
+from pipelines.delay import DelayCurve, DelayGrid
 from pipelines.duration import HOUR_MS, MINUTE_MS
 
-__all__ = ["late_share", "settle_labels"]
+__all__ = ["late_share", "settle_labels", "thinned"]
 
 # Share of the outcomes that the first row waits for.
 _WAITED_FOR = 0.9
 # Outcomes that come sooner than this need no waiting.
 _SOON_MS = HOUR_MS
+# Ages at which a release keeps a delay curve.
+_POINTS = 128
 
 
 def settle_labels(config: Config, curves: Mapping[Task, DelayCurve]) -> Config:
@@ -41,7 +43,7 @@ def settle_labels(config: Config, curves: Mapping[Task, DelayCurve]) -> Config:
     if config.labels.policy != "auto":
         return config
     settled: dict[str, TaskLabelsConfig] = {}
-    for task in ("click", "conversion"):
+    for task in config.attribution.tasks:
         own: TaskLabelsConfig = getattr(config.labels, task)
         if own.policy is None:
             settled[task] = _settle(config, task, own, curves.get(task))
@@ -49,8 +51,33 @@ def settle_labels(config: Config, curves: Mapping[Task, DelayCurve]) -> Config:
 
 
 def late_share(config: Config, task: Task, curve: DelayCurve) -> float:
-    """Share of a task's outcomes that come after its observation window."""
-    return float(1.0 - curve.cdf([config.observation(task)])[0])
+    """Share of a task's outcomes that come after its observation window.
+
+    Under ``defer`` with a confirm window: of those that come before its end, for later ones are not said.
+    """
+    known, last = curve.cdf([config.observation(task)])[0], 1.0
+    confirm = config.labels.confirm_window
+    if confirm is not None and config.policy(task) == "defer":
+        last = max(float(curve.cdf([confirm])[0]), float(known))
+    return float(1.0 - known / last) if last > 0 else 1.0
+
+
+def thinned(curve: DelayCurve) -> DelayCurve:
+    """The curve at 128 ages up to its last, close together where it is young; the same between them.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> hours = 3_600_000 * np.linspace(0.01, 10, 5_000)
+    >>> curve = DelayCurve.fit(hours, np.full(5_000, 36_000_000.0))
+    >>> small = thinned(curve)
+    >>> len(small.delay), bool(np.abs(small.cdf(hours) - curve.cdf(hours)).max() < 0.01)
+    (128, True)
+    """
+    if len(curve.delay) <= _POINTS:
+        return curve
+    ages = DelayGrid(horizon=int(curve.delay[-1]), bins=_POINTS).edges()
+    return DelayCurve(ages, curve.cdf(ages), curve.support)
 
 
 def _settle(config: Config, task: Task, own: TaskLabelsConfig, curve: DelayCurve | None) -> TaskLabelsConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ from jobs.online_state import load_loop_state, loop_state
 from jobs.predictions import PredictionLog
 from models.student import Student
 from pipelines.config import Config, load_config
+from pipelines.config_sections import Policy
 from pipelines.errors import StaleStateError
 from pipelines.event_files import EventFiles
 from tests.small_run import SETTINGS, SmallRun
@@ -127,6 +128,28 @@ def test_a_loop_restored_at_any_step_goes_on_to_the_same_bits(small_run: SmallRu
         assert digest(restored) == expected, f"restored at step {number}"
 
 
+@pytest.mark.parametrize("policy", ["bidefuse", "relabel"])
+def test_a_loop_with_more_state_is_restored_to_the_same_bits(small_run: SmallRun, policy: str) -> None:
+    # A second head, and what midnight says.
+    config = load_config(None, [*SETTINGS, f"labels.policy={policy}"])
+    run = replace(small_run, config=config)
+    steps = list(run.steps(run.warm_rows))
+    loop, half = run.warm_loop(), len(steps) // 2
+    for events in steps[:half]:
+        loop.step(events)
+    restored = run.begun(OnlineLoop(config))
+    load_loop_state(restored, *loop_state(loop))
+    for events in steps[half:]:
+        loop.step(events)
+        restored.step(events)
+    assert digest(restored) == digest(loop)
+    if policy == "bidefuse":
+        student = loop.students["conversion"]
+        rows = np.zeros((1, len(student.layout.column_field)), np.int32)
+        share = loop.late_heads["conversion"].share(rows, np.zeros((1, student.layout.numbers), np.float32))
+        assert 0.01 < share[0] < 0.99
+
+
 def test_the_backtest_ends_in_the_state_of_the_loop_that_it_is(small_run: SmallRun) -> None:
     loop = small_run.warm_loop()
     for events in small_run.steps(small_run.warm_rows):
@@ -181,7 +204,7 @@ def test_learning_moves_the_tables_and_leaves_frozen_layers_as_they_were(small_r
         assert not any(changed[name] for name in changed if name.startswith(("dense", "cross")))
 
 
-@pytest.mark.parametrize("policy", ["wait", "vanilla", "esdfm", "fnw", "fnc"])
+@pytest.mark.parametrize("policy", get_args(Policy))
 def test_every_policy_learns_and_accounts_for_every_row(small_run: SmallRun, policy: str) -> None:
     config: Config = load_config(None, [*SETTINGS, f"labels.policy={policy}"])
     run = replace(small_run, config=config)
