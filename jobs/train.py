@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.options import config_options, writable_folder
+from jobs.spark_options import location_option
 from pipelines.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,10 +23,11 @@ __all__ = ["command", "train"]
 log = logging.getLogger(__name__)
 
 
-def train(snapshot: Path, releases: Path, config: Config) -> tuple[FirstReleases, dict[str, str]]:
+def train(snapshot: str | Path, releases: Path, config: Config) -> tuple[FirstReleases, dict[str, str]]:
     """Train on a snapshot and write the first releases; returns them and the tasks that were skipped.
 
-    Online learning begins with what arrives after the snapshot's ``as_of``.
+    Rows are streamed from the snapshot's files, wherever they lie. Online learning begins with what arrives
+    after the snapshot's ``as_of``.
 
     Raises
     ------
@@ -36,15 +38,15 @@ def train(snapshot: Path, releases: Path, config: Config) -> tuple[FirstReleases
     from jobs.single_thread import use_one_thread
     from jobs.training import train_models
     from pipelines.delay import DelayCurve
-    from pipelines.feature_spec import FeatureSpec
     from pipelines.label_plan import late_share, settle_labels
-    from pipelines.snapshot import read_manifest, read_snapshot
+    from pipelines.snapshot import read_manifest, read_spec
+    from pipelines.streamed_rows import StreamedRows
 
     use_one_thread()
     manifest = read_manifest(snapshot)
-    spec = FeatureSpec.read(snapshot / "feature_spec.toml")
+    spec = read_spec(snapshot)
     tasks = [task for task in config.labels.tasks if task in manifest.tasks]
-    sets = {task: read_snapshot(snapshot, task) for task in tasks}
+    sets = {task: StreamedRows.of_snapshot(snapshot, task) for task in tasks}
     curves = {task: DelayCurve.from_state(manifest.tasks[task].delay_curve) for task in tasks}
     config = settle_labels(config, curves)
     trained = train_models(sets, spec, config, segments=manifest.segments)
@@ -66,6 +68,7 @@ def train(snapshot: Path, releases: Path, config: Config) -> tuple[FirstReleases
         rows=max(len(rows) for rows in sets.values()),
         figures={task: one.report for task, one in trained.models.items()},
         late_share={task: late_share(config, task, curve) for task, curve in curves.items()},
+        delay=curves,
     )
     if config.tracking.uri:
         _track(config, first, manifest.snapshot_id, {t: one.report for t, one in trained.models.items()})
@@ -102,12 +105,7 @@ def _numbers(report: Mapping[str, Any], prefix: str = "") -> list[tuple[str, flo
 
 
 @click.command()
-@click.option(
-    "--snapshot",
-    type=click.Path(path_type=Path, file_okay=False),
-    required=True,
-    help="A snapshot of `ctrstream samples build`.",
-)
+@location_option("--snapshot", "A snapshot of `ctrstream samples build`.")
 @click.option(
     "--releases",
     type=click.Path(path_type=Path, file_okay=False),
@@ -115,7 +113,7 @@ def _numbers(report: Mapping[str, Any], prefix: str = "") -> list[tuple[str, flo
     help="Folder for the releases; created when missing.",
 )
 @config_options
-def command(snapshot: Path, releases: Path, config: Config) -> None:
+def command(snapshot: str, releases: Path, config: Config) -> None:
     """Train teacher and first student, evaluate them on the next window, calibrate, write releases."""
     first, skipped = train(snapshot, writable_folder(releases, option="--releases"), config)
     click.echo(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 import pyarrow as pa
 
+from pipelines.config import Task
 from pipelines.sample_stream import SampleStream
+from pipelines.snapshot import data_files, read_manifest, read_spec, verify_files
 from pipelines.stream_columns import to_training_set
 from pipelines.stream_files import DataFile
 from pipelines.training_set import TrainingSet
@@ -35,6 +38,27 @@ class StreamedRows:
     def of(cls, files: Sequence[DataFile], matrices: Mapping[str, int]) -> Self:
         """Rows of files that are each sorted; ``matrices`` gives the widths of the three matrices."""
         return cls(SampleStream.of(files, matrices=matrices).in_time_order())
+
+    @classmethod
+    def of_snapshot(cls, location: str | Path, task: Task, *, verify: bool = True) -> Self:
+        """The rows that `pipelines.snapshot.read_snapshot` loads, in the same order.
+
+        Raises
+        ------
+        DataError
+            If the snapshot is incomplete or altered, or has no rows of the task.
+        """
+        manifest = read_manifest(location)
+        files = data_files(location, task, manifest)
+        if verify:
+            verify_files(location, manifest, task)
+        spec = read_spec(location)
+        widths = {
+            "buckets": len(spec.column_field),
+            "numbers": len(spec.numeric),
+            "segment_key": len(manifest.segments),
+        }
+        return cls.of(files, widths)
 
     def __len__(self) -> int:
         return self.stream.epoch_rows
