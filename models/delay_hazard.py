@@ -25,6 +25,8 @@ _EMBEDDING_SCALE = 0.1
 _OUTCOMES_PER_VALUE = 50
 # Where the held-out loss no longer falls the steps become shorter, so often and by so much.
 _CUTS, _CUT = 3, 0.3
+# A pass of fewer steps could end before the first of them has shown any effect.
+_STEPS_A_PASS = 20
 # A network may be made to move the curve a little further than it was trained to, not much.
 _LARGEST_SCALE = 1.25
 _GOLDEN = (5.0**0.5 - 1.0) / 2.0
@@ -46,7 +48,7 @@ class HazardConfig:
         Rows of a column's table at most; values beyond share them by hash.
     epochs, patience, batch_rows : int
         Passes at most; passes without a better held-out loss before steps are cut, in the end stopped; rows
-        of a step.
+        of a step at most.
     learning_rate, l2 : float
         Of Adam; decay of the embeddings (decoupled: AdamW), so that rare values stay near the others.
     validation : float
@@ -279,11 +281,12 @@ def _descend(
         {"params": layers, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
+    batch_rows = min(config.batch_rows, -(-len(train) // _STEPS_A_PASS))
     best, least, waited, cuts = _copy(weights), _held_out_loss(weights, held_out), 0, 0
     for _ in range(config.epochs):
         order = noise.permutation(len(train))
-        for start in range(0, len(train), config.batch_rows):
-            batch = train.take(order[start : start + config.batch_rows])
+        for start in range(0, len(train), batch_rows):
+            batch = train.take(order[start : start + batch_rows])
             optimizer.zero_grad()
             _loss(_moved(weights, batch), batch).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
