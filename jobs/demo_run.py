@@ -148,7 +148,7 @@ def _samples(out: Path, config: Config, split: _Split, stages: StageLog, say: An
         stages.next("build samples (Spark)")
         # Labels as known just before online learning begins.
         window = math.ceil((split.begins_at - split.first_time) / HOUR_MS) * HOUR_MS
-        return build(spark, out / "lake", out / "snapshots", split.begins_at - 1, window, config)
+        return Path(build(spark, out / "lake", out / "snapshots", split.begins_at - 1, window, config))
     finally:
         stop_spark(spark)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from jobs.samples_build import build
 from jobs.samples_kafka import spark_kafka_options
 from jobs.snapshot_changes import as_messages
-from pipelines.config import Config
+from jobs.topics import ensure_topics
+from pipelines.config import Config, resolve_secret
 from pipelines.config_sections import KafkaConfig
 from pipelines.snapshot import read_manifest, split_location
 from pipelines.storage import open_folder
@@ -60,11 +61,20 @@ def publish_changes(spark: SparkSession, snapshot: str, kafka: KafkaConfig) -> i
     """Send the label changes of a snapshot to Kafka; returns how many.
 
     Sent again they say the same: a reader drops what it has seen by ``sample_id`` and ``label_version``.
+
+    Raises
+    ------
+    TransientError
+        If no broker answers.
+    SetupError
+        If the topic has another number of partitions than ``kafka.partitions``.
     """
     manifest = read_manifest(snapshot, open_folder(snapshot, spark))
     files = [f"{snapshot}/{name}" for name in manifest.extra_files if name.startswith("diff-")]
     if not files:
         return 0
+    options = {key: resolve_secret(value) for key, value in kafka.options.items()}
+    ensure_topics(kafka.bootstrap_servers, {kafka.topics.labels: kafka.partitions}, options)
     changes = spark.read.parquet(*files)
     (
         as_messages(changes)

@@ -127,9 +127,17 @@ def events_of(tables: tuple[pa.Table, pa.Table, pa.Table]) -> list[Event]:
     ]  # fmt: skip
 
 
-def made(*arguments: Any, **sampling: Any) -> Path:
-    *rest, config, spec = arguments
-    return Path(build(*rest, with_values(config, "samples", sampling), spec))
+def made(
+    spark: SparkSession,
+    lake: Path,
+    out: Path,
+    as_of: int,
+    window: int,
+    config: Config,
+    spec: FeatureSpec | None,
+    **sampling: Any,
+) -> Path:
+    return Path(build(spark, lake, out, as_of, window, with_values(config, "samples", sampling), spec))
 
 
 @pytest.fixture(scope="module")
