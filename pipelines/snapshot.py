@@ -39,11 +39,13 @@ __all__ = [
     "SAMPLE_SCHEMA",
     "SPEC_NAME",
     "data_files",
+    "expected_files",
     "read_manifest",
     "read_rows",
     "read_snapshot",
     "read_spec",
     "split_location",
+    "verify_file",
     "verify_files",
 ]
 
@@ -148,14 +150,8 @@ def verify_files(location: str | Path, manifest: SnapshotManifest, task: Task | 
     DataError
         If a file is missing or altered.
     """
-    parent, own = split_location(location)
-    expected = {f"{own}/{name}": file for name, file in manifest.extra_files.items()}
-    for part in manifest.partitions:
-        if task in (None, part.task):
-            folder = own if part.origin == manifest.snapshot_id else part.origin
-            expected |= {f"{folder}/{name}": file for name, file in part.files.items()}
-    for name, file in expected.items():
-        _verify(f"{parent}/{name}", file)
+    for place, file in expected_files(location, manifest, task).items():
+        verify_file(place, file)
     spec = read_spec(location)
     if spec.digest() != manifest.feature_spec_digest:
         raise DataError(
@@ -164,7 +160,27 @@ def verify_files(location: str | Path, manifest: SnapshotManifest, task: Task | 
         )
 
 
-def _verify(place: str, expected: SnapshotFile) -> None:
+def expected_files(
+    location: str | Path, manifest: SnapshotManifest, task: Task | None = None
+) -> dict[str, SnapshotFile]:
+    """Files that are no data, and the data files of one task or of all, by location."""
+    parent, own = split_location(location)
+    expected = {f"{parent}/{own}/{name}": file for name, file in manifest.extra_files.items()}
+    for part in manifest.partitions:
+        if task in (None, part.task):
+            folder = own if part.origin == manifest.snapshot_id else part.origin
+            expected |= {f"{parent}/{folder}/{name}": file for name, file in part.files.items()}
+    return expected
+
+
+def verify_file(place: str, expected: SnapshotFile) -> None:
+    """Check size and digest of one file; it is read in small blocks.
+
+    Raises
+    ------
+    DataError
+        If it is missing or altered.
+    """
     digest, size = hashlib.sha256(), 0
     try:
         with _opened(place) as stream:
