@@ -20,6 +20,7 @@ from pipelines.config_sections import (
     AttributionConfig,
     BacktestConfig,
     CalibrationConfig,
+    ChecksConfig,
     DelayConfig,
     DistillationConfig,
     FeaturesConfig,
@@ -54,6 +55,7 @@ class Config(Section):
     attribution: AttributionConfig = AttributionConfig()
     labels: LabelsConfig = LabelsConfig()
     samples: SamplesConfig = SamplesConfig()
+    checks: ChecksConfig = ChecksConfig()
     delay: DelayConfig = DelayConfig()
     features: FeaturesConfig = FeaturesConfig()
     teacher: TeacherConfig = TeacherConfig()

@@ -15,6 +15,7 @@ __all__ = [
     "AttributionConfig",
     "BacktestConfig",
     "CalibrationConfig",
+    "ChecksConfig",
     "DelayConfig",
     "DistillationConfig",
     "Duration",
@@ -135,6 +136,27 @@ class SamplesConfig(Section):
     negative_rate: float = Field(default=1.0, gt=0, le=1)
     positive_copies: int = Field(default=1, ge=1, le=100)
     exploration_copies: int = Field(default=1, ge=1, le=100)
+
+
+class ChecksConfig(Section):
+    """What `samples check` lets pass; shares lie in [0, 1]. See ``docs/samples.md``.
+
+    ``duplicate_rate``, ``orphan_rate`` and ``dead_letter_rate`` are the most of all events that may be such;
+    ``coverage`` the least share of the clicks, and of the conversions, that find their window;
+    ``completeness`` the least traffic of an hour beside the same hour of other days; ``overlap`` the most of
+    a test set that may have been trained on. ``leak_auc`` and ``kind_auc`` bound how well one column may tell
+    the label, and open from closed windows, on about ``leak_rows`` rows a task (0: not looked at).
+    """
+
+    duplicate_rate: float = Field(default=0.1, ge=0, le=1)
+    orphan_rate: float = Field(default=0.05, ge=0, le=1)
+    dead_letter_rate: float = Field(default=0.01, ge=0, le=1)
+    coverage: float = Field(default=0.5, ge=0, le=1)
+    completeness: float = Field(default=0.2, ge=0, lt=1)
+    overlap: float = Field(default=0.0, ge=0, le=1)
+    leak_auc: float = Field(default=0.99, ge=0.5, le=1)
+    kind_auc: float = Field(default=0.9, ge=0.5, le=1)
+    leak_rows: int = Field(default=100_000, ge=0)
 
 
 class DelayConfig(Section):
