@@ -34,7 +34,7 @@ from pipelines.stream_columns import TIME_KEYS, TRAINING_COLUMNS, Bounds, to_tra
 from pipelines.stream_files import DataFile, ParquetFiles
 from pipelines.stream_merge import MergedOrder
 from pipelines.stream_order import FileOrder, RowOrder, shard_of
-from pipelines.stream_shuffle import ShuffledOrder
+from pipelines.stream_shuffle import ShuffledOrder, pieces_to_shuffle
 
 __all__ = [
     "BatchIterator",
@@ -242,7 +242,8 @@ class SampleStream:
         files = ParquetFiles(self.files, schema, self.bounds, TIME_KEYS.names[0] if in_time else None)
         pieces = files.pieces if self.world == 1 else shard_of(files.pieces, self.rank, self.world)
         if self.buffer_rows is not None:
-            return ShuffledOrder(files, pieces, self.buffer_rows, self.seed)
+            cut = pieces_to_shuffle(pieces, self.buffer_rows)
+            return ShuffledOrder(files, cut, self.buffer_rows, self.seed)
         if in_time:
             return MergedOrder(files, pieces, tuple(TIME_KEYS.names), tuple(self.schema.names))
         return FileOrder(files, pieces)

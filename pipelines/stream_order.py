@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from pipelines.stream_files import ParquetFiles, Piece
 
-__all__ = ["FileOrder", "RowOrder", "shard_of", "skipped"]
+__all__ = ["FileOrder", "RowOrder", "cut", "shard_of", "skipped"]
 
 # A shard is put together from at least about this many pieces: row groups larger than that are cut.
 _PIECES_A_SHARD = 8
@@ -72,7 +72,7 @@ def shard_of(pieces: Sequence[Piece], rank: int, world: int) -> tuple[Piece, ...
     largest = max(1, -(-sum(map(len, pieces)) // (world * _PIECES_A_SHARD)))
     loads = [(0, number) for number in range(world)]
     own = []
-    for piece in chain.from_iterable(_cut(piece, largest) for piece in pieces):
+    for piece in chain.from_iterable(cut(piece, largest) for piece in pieces):
         load, number = loads[0]
         heapq.heapreplace(loads, (load + len(piece), number))
         if number == rank:
@@ -80,7 +80,11 @@ def shard_of(pieces: Sequence[Piece], rank: int, world: int) -> tuple[Piece, ...
     return tuple(own)
 
 
-def _cut(piece: Piece, largest: int) -> Iterator[Piece]:
+def cut(piece: Piece, largest: int) -> Iterator[Piece]:
+    """The piece in equal parts of at most ``largest`` rows.
+
+    Whoever reads a part decodes the row group from its begin, and drops what lies before.
+    """
     parts = -(-len(piece) // largest)
     for part in range(parts):
         start, stop = (piece.start + len(piece) * edge // parts for edge in (part, part + 1))

@@ -1,6 +1,7 @@
 """Shuffling with bounded memory: row groups in random order, several of them mixed in a buffer.
 
-1. The row groups (pieces) of the epoch are put into random order.
+1. The row groups (pieces) of the epoch are put into random order. Where there are fewer than 64 they are cut
+   first: the fewer there are, the more the order would keep of that of time.
 2. Eight of them are read side by side, an equal part of each, until the buffer is full; one that is used up
    is followed by the next of the order.
 3. The rows of the buffer are put into random order, and leave.
@@ -24,10 +25,14 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from pipelines.stream_files import ParquetFiles, Piece
+from pipelines.stream_order import cut
 
-__all__ = ["ShuffledOrder", "random_order"]
+__all__ = ["ShuffledOrder", "pieces_to_shuffle", "random_order"]
 
 _OPEN_PIECES = 8
+_ENOUGH_PIECES = 64
+# A part is read by decoding its row group from the begin: sixteen parts cost eight and a half readings.
+_MOST_PARTS = 16
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,14 @@ class ShuffledOrder:
     def _open(self, piece: Piece, start: int) -> _Reader:
         rest = replace(piece, start=piece.start + start)
         return _Reader(self.files.read([rest], _OPEN_PIECES))
+
+
+def pieces_to_shuffle(pieces: Sequence[Piece], buffer_rows: int) -> tuple[Piece, ...]:
+    """The pieces, cut where they are few; not if all rows fit into the buffer."""
+    if not pieces or sum(map(len, pieces)) <= buffer_rows:
+        return tuple(pieces)
+    parts = min(_MOST_PARTS, -(-_ENOUGH_PIECES // len(pieces)))
+    return tuple(part for piece in pieces for part in cut(piece, -(-len(piece) // parts)))
 
 
 @dataclass(frozen=True)

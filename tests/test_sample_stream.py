@@ -191,20 +191,31 @@ def adjacency(order: NDArray[np.int64]) -> float:
     return float(np.abs(np.diff(order)).mean() / (len(order) / 3))
 
 
-@pytest.mark.parametrize(("buffer_rows", "near_random"), [(256, 0.8), (2_000, 0.85), (20_000, 0.95)])
-def test_shuffled_rows_stand_anywhere_in_time(tmp_path: Path, buffer_rows: int, near_random: float) -> None:
-    n, group = 20_000, 250
+@pytest.mark.parametrize(
+    ("groups", "pieces", "buffer_rows", "near_random"),
+    [
+        (80, 80, 256, 0.8),
+        (80, 80, 2_000, 0.8),
+        (80, 80, 20_000, 0.98),
+        (8, 64, 2_000, 0.8),
+        (1, 16, 2_000, 0.8),
+    ],
+)
+def test_shuffled_rows_stand_anywhere_in_time(
+    tmp_path: Path, groups: int, pieces: int, buffer_rows: int, near_random: float
+) -> None:
+    n, seeds = 20_000, 20
     table = pa.table({"user_key": np.arange(n)})
-    file = write_rows(tmp_path / "a.parquet", table, [group] * (n // group))
+    file = write_rows(tmp_path / "a.parquet", table, [n // groups] * groups)
     stream = SampleStream.of([file], table.schema)
     correlations = []
-    for seed in range(20):
+    for seed in range(seeds):
         order = np.array(row_keys(stream.shuffle(buffer_rows, seed)))
         correlations.append(float(spearmanr(np.arange(n), order).statistic))
         assert adjacency(order) > near_random
-    # The rank correlation of a random permutation of 80 row groups has mean 0 and deviation 1 / sqrt(79).
-    assert abs(np.mean(correlations)) < 4 / np.sqrt(79 * 20)
-    assert np.std(correlations) < 1.5 / np.sqrt(79)
+    # The rank correlation of a random order of so many pieces has mean 0 and deviation 1 / sqrt(pieces - 1).
+    assert abs(np.mean(correlations)) < 4 / np.sqrt((pieces - 1) * seeds)
+    assert np.std(correlations) < 1.5 / np.sqrt(pieces - 1)
 
 
 @settings(max_examples=40, deadline=None)
