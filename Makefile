@@ -28,7 +28,7 @@ NEED_INDEX := error: the Python package index cannot be reached: connect to the 
 NEED_INSTALL := error: installing stopped, for the reason above; if the package index cannot be reached, connect to the network or set UV_DEFAULT_INDEX to a mirror.
 NEED_BROWSER := error: the page tests need Chromium: install it (Debian, Ubuntu: apt-get install chromium).
 
-.PHONY: help setup setup-test setup-bench demo test check format format-check lint types imports lock clean distclean
+.PHONY: help setup setup-test setup-bench bench-stream demo test check format format-check lint types imports lock clean distclean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -84,6 +84,8 @@ $(VENV)/.setup-bench-done: $(VENV)/.setup-done
 
 demo: setup ## Run the whole story on this machine, into runs/demo
 	$(BIN)/ctrstream demo --out runs/demo $(ARGS)
+
+bench-stream: bench-sample-stream ## Speed and memory of reading samples batch by batch, against other ways
 
 bench-%: setup-bench ## Run one comparison, as in `make bench-backtest`
 	$(BIN)/python -m benchmarks.$(subst -,_,$*) $(ARGS)
