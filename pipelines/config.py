@@ -11,7 +11,7 @@ import os
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tomli_w
 from pydantic import BaseModel, ValidationError, model_validator
@@ -40,7 +40,7 @@ from pipelines.config_sections import (
 )
 from pipelines.errors import ConfigError
 
-__all__ = ["Config", "Task", "dump_config", "load_config", "parse_config", "with_values"]
+__all__ = ["Config", "Task", "config_error", "dump_config", "load_config", "parse_config", "with_values"]
 
 
 class Config(Section):
@@ -136,7 +136,7 @@ def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        raise _as_config_error(error) from error
+        raise config_error(error) from error
 
 
 def with_values(config: Config, section: str, values: Mapping[str, Any]) -> Config:
@@ -159,7 +159,7 @@ def with_values(config: Config, section: str, values: Mapping[str, Any]) -> Conf
     try:
         return Config.model_validate(document)
     except ValidationError as error:
-        raise _as_config_error(error) from error
+        raise config_error(error) from error
 
 
 def dump_config(config: Config) -> str:
@@ -200,24 +200,27 @@ def _apply_override(document: dict[str, Any], override: str) -> None:
     table[leaf] = value
 
 
-def _as_config_error(error: ValidationError) -> ConfigError:
+def config_error(
+    error: ValidationError,
+    model: type[BaseModel] = Config,
+    what: str = "config key",
+    hint: str = "ctrstream backtest --print-config lists the keys",
+) -> ConfigError:
+    """What pydantic found wrong with a document of a model, told by its key; ``what`` is a word for a key."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, list(_valid_keys(Config)), n=1, cutoff=0.4)
-        hint = (
-            f"did you mean {nearest[0]}?" if nearest else "ctrstream backtest --print-config lists the keys"
-        )
-        return ConfigError(f"unknown config key {key}.", hint=hint)
+        nearest = difflib.get_close_matches(key, list(_valid_keys(model)), n=1, cutoff=0.4)
+        return ConfigError(f"unknown {what} {key}.", hint=f"did you mean {nearest[0]}?" if nearest else hint)
     if not key:
         # A rule over several sections names the keys itself.
         return ConfigError(f"{first['msg'].removeprefix('Value error, ')}.")
-    return ConfigError(f"config key {key}: {first['msg']}. Received: {first.get('input')!r}.")
+    return ConfigError(f"{what} {key}: {first['msg']}. Received: {first.get('input')!r}.")
 
 
 def _valid_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         yield prefix + name
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from _valid_keys(kind, f"{prefix}{name}.")
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _valid_keys(kind, f"{prefix}{name}.")
