@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "produce": ("jobs.produce", "Send an event log to the broker."),
     "features": ("jobs.features", "Propose a feature spec from an event log: infer."),
     "samples": ("jobs.samples", "Build immutable sample snapshots with Spark: ingest, build, check."),
+    "spark-entry": ("jobs.spark_submit", "Print the file that spark-submit runs the commands with."),
     "train": ("jobs.train", "Train a teacher or a first student from a sample snapshot."),
     "stream": ("jobs.stream", "Update the student online from Kafka: predict, learn, calibrate, commit."),
     "backtest": ("jobs.backtest", "Run the worker's loop over event files and record every prediction."),

@@ -121,8 +121,12 @@ class _LakeSink:
             raise
 
     def _add(self, rows: DataFrame, number: int) -> None:
+        session = rows.sparkSession
+        # Streams run without it, for the sake of state that this one does not have. The write needs it to
+        # bring the rows of an hour together.
+        session.conf.set("spark.sql.adaptive.enabled", "true")
         # The id is that of the checkpoint: a query that is started again has it still.
-        query = rows.sparkSession.sparkContext.getLocalProperty("sql.streaming.queryId")
+        query = session.sparkContext.getLocalProperty("sql.streaming.queryId")
         offsets = micro_batch_offsets(checkpoint_folder(self._lake), number)
         batch, added = add_kafka_batch(self._lake, f"kafka-{query}-{number:09d}", offsets, rows)
         if not added:

@@ -11,12 +11,23 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from jobs.options import writable_folder
+from pipelines.errors import SetupError
 from pipelines.storage import is_uri
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["lake_option", "location_option", "spark_for", "spark_options"]
+__all__ = [
+    "LONG_RUNNING_ROWS",
+    "is_long_running",
+    "lake_option",
+    "location_option",
+    "spark_for",
+    "spark_options",
+]
+
+# From here on Java's optimising compiler pays for itself within the job.
+LONG_RUNNING_ROWS = 2_000_000
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -36,7 +47,7 @@ def spark_options(function: Callable[..., Any]) -> Callable[..., Any]:
             "--master",
             default="local[*]",
             show_default=True,
-            help="Where Spark runs: local[N], spark://HOST:PORT, yarn, k8s://...",
+            help="Where Spark runs: local[N], spark://HOST:PORT, yarn, k8s://... Under spark-submit: there.",
         ),
     ):
         function = option(function)
@@ -79,23 +90,57 @@ def lake_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return location_option("--lake", "Folder of the lake.")(function)
 
 
+def is_long_running(lake: str) -> bool:
+    """Whether work on a whole lake takes minutes, by the rows that its manifests tell."""
+    from pipelines.lake import lake_batches
+
+    try:
+        rows = sum(batch.total_rows for batch in lake_batches(lake))
+    except SetupError:  # a file system that only Spark knows: such a lake is not a small one
+        return True
+    return rows > LONG_RUNNING_ROWS
+
+
 @contextmanager
 def spark_for(
-    name: str, master: str, spark_conf: tuple[str, ...], jars: str | None = None
+    name: str,
+    master: str,
+    spark_conf: tuple[str, ...],
+    jars: str | None = None,
+    *,
+    long_running: bool = False,
 ) -> Iterator[SparkSession]:
+    """Run Spark for a command.
+
+    Parameters
+    ----------
+    name : str
+        Of the command, for cluster managers to show.
+    master, spark_conf
+        As `spark_options` passes them.
+    jars : str, optional
+        Set of connector jars that the command needs, see `jobs.jars`.
+    long_running : bool
+        See `pipelines.spark_session.spark_session` and `is_long_running`.
+    """
     from jobs.jars import resolve
     from jobs.java import find_java
-    from pipelines.spark_session import parse_settings, spark_session, stop_spark
+    from pipelines.spark_session import is_submitted, parse_settings, spark_session, stop_spark
 
     settings = parse_settings(spark_conf)
-    find_java()
-    folder = None if jars is None else resolve(jars)
-    logger.info("starting Spark (%s)", master)
+    folder = None
+    if is_submitted():
+        logger.info("joining the Spark that spark-submit has configured")
+    else:
+        find_java()
+        folder = None if jars is None else resolve(jars)
+        logger.info("starting Spark (%s)", master)
     spark = spark_session(
         f"ctrstream samples {name}",
         master=master,
         settings=settings,
         jars=() if folder is None else sorted(folder.glob("*.jar")),
+        long_running=long_running,
     )
     try:
         yield spark

@@ -1,4 +1,8 @@
-"""Starting Spark: one place for the settings without which event time, Arrow and our packages go wrong."""
+"""Starting Spark: one place for the settings without which event time, Arrow and our packages go wrong.
+
+Either this process starts Spark (a laptop, or the client of a cluster), or ``spark-submit`` has started this
+process and has settled master, memory and jars; docs/cluster.md tells when to use which.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ from pipelines.errors import ConfigError, DataError, SetupError
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["parse_settings", "spark_session", "stop_spark", "worker_errors"]
+__all__ = ["is_submitted", "parse_settings", "spark_session", "stop_spark", "worker_errors"]
 
 PACKAGES = ("pipelines", "models", "calibration", "monitoring", "jobs")
 _HOST = "127.0.0.1"
@@ -44,7 +48,6 @@ _COMMON = {
 _LOCAL = {
     "spark.driver.host": _HOST,
     "spark.driver.bindAddress": _HOST,
-    "spark.driver.memory": "1g",
     "spark.ui.enabled": "false",
     # A shuffle of a laptop-sized window into Spark's default of 200 parts costs more than the work itself.
     "spark.sql.shuffle.partitions": str(2 * (os.cpu_count() or 1)),
@@ -52,10 +55,14 @@ _LOCAL = {
     "spark.sql.adaptive.coalescePartitions.parallelismFirst": "true",
     "spark.shuffle.compress": "true",
 }
-# A local job is over before the optimising compiler pays: without it, ingest and build of 250,000 events
-# take a quarter less processor time. For long ones, undo it:
-# `--spark-conf spark.driver.extraJavaOptions=-XX:TieredStopAtLevel=4`.
-_JIT = "-XX:TieredStopAtLevel=1"
+# A short job is over before the optimising compiler pays: without it, ingest and build of 250,000 events take
+# a quarter less processor time. Of 10 million rows it takes more than it saves.
+_SHORT_JIT = "-XX:TieredStopAtLevel=1"
+_SHORT_MEMORY_MB = 1_024
+_MOST_MEMORY_MB = 6_144
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+# Set by spark-submit for the Python that it starts.
+_SUBMITTED = "PYSPARK_GATEWAY_PORT"
 # What a failed task prints on the executor is in the exception that the driver raises, too.
 _LOGGING = """\
 status = error
@@ -86,21 +93,27 @@ def spark_session(
     master: str = "local[*]",
     settings: Mapping[str, str] | None = None,
     jars: Sequence[Path] = (),
+    long_running: bool = False,
 ) -> SparkSession:
     """Start Spark, or return the session that this process already has.
 
-    On a cluster our packages travel as a zip file; in local mode they are importable already.
+    On a cluster our packages travel as a zip file; in local mode they are importable already. Executors run
+    the Python that ``PYSPARK_PYTHON`` or ``spark.pyspark.python`` names, by default this one.
 
     Parameters
     ----------
     app : str
         Name shown by cluster managers.
     master : str
-        ``local[*]``, ``spark://HOST:PORT``, ``yarn``, ``k8s://...``.
+        ``local[*]``, ``spark://HOST:PORT``, ``yarn``, ``k8s://...``. Under ``spark-submit`` its own master
+        is used.
     settings : mapping of str to str
         Spark settings that win over ours.
     jars : sequence of Path
-        Connector jars for driver and executors.
+        Connector jars for driver and executors. Under ``spark-submit`` they are those of its ``--jars``.
+    long_running : bool
+        Local mode: whether there is work for minutes, so that Java's optimising compiler and more memory
+        (half of the machine, 6 GB at most) pay.
 
     Raises
     ------
@@ -113,12 +126,18 @@ def spark_session(
     active = SparkSession.getActiveSession()
     if active is not None:
         return active
-    is_local = master.startswith("local")
-    os.environ["PYSPARK_PYTHON"] = os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
-    if is_local:
-        os.environ.setdefault("SPARK_LOCAL_IP", _HOST)
-    builder = SparkSession.builder.appName(app).master(master)
-    for key, value in _settings(is_local, settings or {}, jars).items():
+    given = settings or {}
+    builder = SparkSession.builder.appName(app)
+    if is_submitted():
+        submitted = _submitted_settings()
+        master = submitted.get("spark.master", master)
+        chosen = {key: value for key, value in _COMMON.items() if key not in submitted}
+        chosen.update(given)
+    else:
+        builder = builder.master(master)
+        chosen = _settings(_is_local(master), given, jars, long_running)
+        _choose_python(_is_local(master), given)
+    for key, value in chosen.items():
         builder = builder.config(key, value)
     try:
         session = builder.getOrCreate()
@@ -127,9 +146,14 @@ def spark_session(
             f"Spark did not start with master {master}: {_first_line(error)}",
             hint="Spark needs Java 17 or newer (JAVA_HOME, or java on the path); its own words are above",
         ) from error
-    if not is_local:
+    if not _is_local(master):
         session.sparkContext.addPyFile(str(_zipped_packages()))
     return session
+
+
+def is_submitted() -> bool:
+    """Whether ``spark-submit`` has started this process."""
+    return _SUBMITTED in os.environ
 
 
 @contextmanager
@@ -155,7 +179,7 @@ def stop_spark(session: SparkSession) -> None:
 
     session.stop()
     gateway = SparkContext._gateway
-    if gateway is None:
+    if gateway is None or is_submitted():
         return
     process = getattr(gateway, "proc", None)
     gateway.shutdown()
@@ -188,20 +212,60 @@ def parse_settings(pairs: Sequence[str]) -> dict[str, str]:
     return settings
 
 
-def _settings(is_local: bool, given: Mapping[str, str], jars: Sequence[Path]) -> dict[str, str]:
+def _is_local(master: str) -> bool:
+    return master.startswith("local")
+
+
+def _choose_python(is_local: bool, given: Mapping[str, str]) -> None:
+    """Say which Python the workers run; a cluster's nodes may have it elsewhere."""
+    if is_local:
+        os.environ["PYSPARK_PYTHON"] = sys.executable
+        os.environ.setdefault("SPARK_LOCAL_IP", _HOST)
+    elif "spark.pyspark.python" in given:
+        os.environ["PYSPARK_PYTHON"] = given["spark.pyspark.python"]
+    else:
+        os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    os.environ["PYSPARK_DRIVER_PYTHON"] = sys.executable
+
+
+def _submitted_settings() -> dict[str, str]:
+    """What ``spark-submit`` was told, by options, ``--conf`` and spark-defaults.conf."""
+    from pyspark import SparkConf, SparkContext
+
+    SparkContext._ensure_initialized()
+    return dict(SparkConf().getAll())
+
+
+def _settings(
+    is_local: bool, given: Mapping[str, str], jars: Sequence[Path], long_running: bool
+) -> dict[str, str]:
     settings = {**_COMMON, **(_LOCAL if is_local else {})}
+    options = f"-Duser.timezone=UTC -Dlog4j2.configurationFile={_log_settings()}"
     if is_local:
         # The bar is for people: it would fill the log of a scheduler.
         settings["spark.ui.showConsoleProgress"] = "true" if sys.stderr.isatty() else "false"
         settings["spark.executorEnv.PYTHONPATH"] = str(_root())
         settings["spark.local.dir"] = _scratch()
+        settings["spark.driver.memory"] = f"{_local_memory_mb(long_running)}m"
+        if not long_running:
+            options = f"{_SHORT_JIT} {options}"
     if jars:
         settings["spark.jars"] = ",".join(str(jar) for jar in jars)
     settings.update(given)
-    options = f"{_JIT if is_local else ''} -Duser.timezone=UTC -Dlog4j2.configurationFile={_log_settings()}"
     key = "spark.driver.extraJavaOptions"
     settings[key] = f"{options} {settings[key]}" if key in settings else options
     return settings
+
+
+def _local_memory_mb(long_running: bool) -> int:
+    """Heap of a local Spark, MiB: the workers' Python needs the other half."""
+    if not long_running:
+        return _SHORT_MEMORY_MB
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if _CGROUP_LIMIT.is_file():
+        limit = _CGROUP_LIMIT.read_text(encoding="ascii").strip()
+        total = total if limit == "max" else min(total, int(limit))
+    return max(_SHORT_MEMORY_MB, min(total // 2**21, _MOST_MEMORY_MB))
 
 
 def _root() -> Path:
