@@ -1,8 +1,9 @@
 """Judge recorded predictions by what came of the impressions: ``metrics.json`` and ``reliability.json``.
 
-The labels are those of `pipelines.attribution`, as known at ``as_of``. The click task is judged on every
-predicted impression. The conversion task predicts P(conversion | click), so it is judged on impressions with
-a credited click only.
+The labels are those of `pipelines.attribution`, as known at ``as_of``. The tasks click and view_through are
+judged on every predicted impression. The conversion task predicts P(conversion | click), so it is judged on
+impressions with a credited click only. An outcome of credit c counts as c of a positive and 1 - c of a
+negative.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from jobs.evaluation_figures import JudgedRows, task_figures, task_reliability
 from monitoring.inputs import key_codes
 from pipelines.config import Task
-from pipelines.config_sections import AttributionConfig
+from pipelines.config_sections import TASKS, AttributionConfig
 from pipelines.errors import DataError
 from pipelines.events import IMPRESSION, TOPICS
 from pipelines.outcomes import NO_OUTCOME, Outcome, Tables, latest_arrival, outcomes_as_of
@@ -30,7 +31,6 @@ __all__ = ["METRICS_FILE", "RELIABILITY_FILE", "TASKS", "Evaluation", "evaluate"
 
 METRICS_FILE = "metrics.json"
 RELIABILITY_FILE = "reliability.json"
-TASKS: tuple[Task, ...] = ("click", "conversion")
 
 _REQUIRED = ("impression_id", "task", "predicted_at", "logit", "probability")
 # Column of the predictions, where it is there -> name of the predictor. The student comes first: what it is
@@ -118,7 +118,7 @@ def evaluate(
     reasons = dict(skipped or {})
     metrics: dict[str, Any] = {}
     reliability: dict[str, Any] = {}
-    for task in TASKS:
+    for task in attribution.tasks:
         own = predictions.filter(pc.equal(pc.cast(predictions["task"], pa.string()), task))
         if own.num_rows == 0:
             reasons.setdefault(task, "there are no predictions of this task")
@@ -182,20 +182,32 @@ def _judged_rows(
             (_place(own_ids.take(pa.array(own_place)), _text(tables[IMPRESSION], "impression_id")) >= 0).sum()
         )
         counts |= {"not_clicked": known - len(row), "not_in_log": len(own_place) - known}
+    chosen, row, label, weight = _in_parts(chosen, row, outcome.label[row])
     used = own.take(pa.array(chosen))
     predicted_at = np.asarray(used["predicted_at"].to_numpy(), np.int64)
     return (
         JudgedRows(
             predictors=_predictors(used),
-            label=outcome.label[row] > 0,
+            label=label,
             mature=outcome.mature[row],
             predicted_at=predicted_at,
             user=_users(used, tables[IMPRESSION]),
             base_rates=_base_rates(outcome, row, predicted_at),
-            truth=None if truth is None else _truth(truth, task, _text(used, "impression_id")),
+            truth=_truth(truth, task, _text(used, "impression_id")),
+            weight=weight,
         ),
         counts,
     )
+
+
+def _in_parts(chosen: Ints, row: Ints, label: Floats) -> tuple[Ints, Ints, NDArray[np.bool_], Floats | None]:
+    """Rows with labels 0 and 1 and their weights: a soft label makes two; None where there is none."""
+    soft = (label > 0) & (label < 1)
+    if not soft.any():
+        return chosen, row, label > 0, None
+    positive = np.append(label > 0, np.zeros(int(soft.sum()), np.bool_))
+    weight = np.append(np.where(soft, label, 1.0), 1.0 - label[soft])
+    return np.append(chosen, chosen[soft]), np.append(row, row[soft]), positive, weight
 
 
 def _first_rows(ids: pa.Array) -> tuple[Ints, int]:
@@ -274,8 +286,11 @@ def _base_rates(outcome: Outcome, row: Ints, predicted_at: Ints) -> dict[str, Fl
     }
 
 
-def _truth(truth: pa.Table, task: Task, ids: pa.Array) -> Floats:
+def _truth(truth: pa.Table | None, task: Task, ids: pa.Array) -> Floats | None:
     name = f"{task}_probability"
+    if truth is None or (task == "view_through" and name not in truth.column_names):
+        # The simulator's worlds have no conversions without a click.
+        return None
     missing = [column for column in ("impression_id", name) if column not in truth.column_names]
     if missing:
         raise DataError(

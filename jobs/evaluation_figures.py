@@ -40,6 +40,8 @@ class JudgedRows:
         What the base rate could have said at ``predicted_at``.
     truth : float64, optional
         The exact probability.
+    weight : float64, optional
+        1 without it.
     """
 
     predictors: dict[str, FloatArray]
@@ -49,6 +51,7 @@ class JudgedRows:
     user: IntArray
     base_rates: dict[str, FloatArray]
     truth: FloatArray | None = None
+    weight: FloatArray | None = None
 
     def mature_rows(self) -> JudgedRows:
         """The rows whose label is final; all rows while there is none."""
@@ -63,6 +66,7 @@ class JudgedRows:
             self.user[kept],
             {name: values[kept] for name, values in self.base_rates.items()},
             None if self.truth is None else self.truth[kept],
+            None if self.weight is None else self.weight[kept],
         )
 
 
@@ -75,18 +79,21 @@ def task_figures(rows: JudgedRows) -> dict[str, Any]:
     needs no label and covers all rows.
     """
     judged = rows.mature_rows()
-    rule = min(judged.base_rates, key=lambda name: log_loss(judged.label, judged.base_rates[name]) or 0.0)
+    rule = min(
+        judged.base_rates,
+        key=lambda name: log_loss(judged.label, judged.base_rates[name], judged.weight) or 0.0,
+    )
     figures: dict[str, Any] = {
         "judged_on": "mature" if rows.mature.any() else "provisional",
-        **quality_table(rows.predictors, rows.label, rows.predicted_at, rows.mature, rows.user),
+        **quality_table(rows.predictors, rows.label, rows.predicted_at, rows.mature, rows.user, rows.weight),
         "base_rate": {
             "rule": rule,
-            "log_loss": log_loss(rows.label, rows.base_rates[rule]),
-            "judged": _without_ranking(quality(judged.label, judged.base_rates[rule])),
+            "log_loss": log_loss(rows.label, rows.base_rates[rule], rows.weight),
+            "judged": _without_ranking(quality(judged.label, judged.base_rates[rule], weight=judged.weight)),
         },
         "paired": _paired(judged, rule),
         "calibration": {
-            name: calibration_verdict(judged.label, probability)
+            name: calibration_verdict(judged.label, probability, judged.weight)
             for name, probability in judged.predictors.items()
         },
         "timeline": timeline(judged, rule),
@@ -101,9 +108,9 @@ def task_reliability(rows: JudgedRows) -> dict[str, Any]:
     judged = rows.mature_rows()
     found = {}
     for name, probability in judged.predictors.items():
-        error = expected_calibration_error(judged.label, probability, RELIABILITY_BINS)
+        error = expected_calibration_error(judged.label, probability, RELIABILITY_BINS, judged.weight)
         found[name] = {
-            "table": reliability_table(judged.label, probability, RELIABILITY_BINS),
+            "table": reliability_table(judged.label, probability, RELIABILITY_BINS, judged.weight),
             "error": None if error is None else asdict(error),
         }
     return found
@@ -120,7 +127,7 @@ def _paired(judged: JudgedRows, rule: str) -> dict[str, Any]:
     others["base_rate"] = judged.base_rates[rule]
     student = judged.predictors["student"]
     return {
-        f"student_less_{name}": asdict(paired_log_loss(judged.label, student, other))
+        f"student_less_{name}": asdict(paired_log_loss(judged.label, student, other, judged.weight))
         for name, other in others.items()
     }
 
@@ -137,7 +144,11 @@ def _regret(rows: JudgedRows, judged: JudgedRows, truth: FloatArray, rule: str) 
         for name, figures in found.items()
     }
     known = judged.truth if judged.truth is not None else truth
-    return {**regrets, "oracle_log_loss": oracle, "oracle": quality(judged.label, known, judged.user)}
+    return {
+        **regrets,
+        "oracle_log_loss": oracle,
+        "oracle": quality(judged.label, known, judged.user, judged.weight),
+    }
 
 
 def timeline(judged: JudgedRows, rule: str) -> dict[str, Any]:
@@ -154,8 +165,9 @@ def timeline(judged: JudgedRows, rule: str) -> dict[str, Any]:
     width = _bin_width(int(time.min()), int(time.max()))
     start, place = np.unique(time // width, return_inverse=True)
     bins = len(start)
-    count = np.bincount(place, minlength=bins)
-    positives = np.bincount(place[judged.label], minlength=bins)
+    label, weight = judged.label, judged.weight
+    count = np.bincount(place, weight, bins)
+    positives = np.bincount(place[label], None if weight is None else weight[label], bins)
     found: dict[str, Any] = {
         "bin_ms": width,
         "start": (start * width).tolist(),
@@ -163,8 +175,9 @@ def timeline(judged: JudgedRows, rule: str) -> dict[str, Any]:
         "positives": positives.tolist(),
     }
     for name, probability in (*judged.predictors.items(), ("base_rate", judged.base_rates[rule])):
-        loss = np.bincount(place, row_log_loss(judged.label, probability), bins) / count
-        predicted = np.asarray(np.bincount(place, probability, bins), np.float64)
+        share = 1.0 if weight is None else weight
+        loss = np.bincount(place, share * row_log_loss(label, probability), bins) / count
+        predicted = np.asarray(np.bincount(place, share * probability, bins), np.float64)
         found[name] = _bin_figures(loss, predicted, positives, count)
     return found
 
@@ -172,8 +185,8 @@ def timeline(judged: JudgedRows, rule: str) -> dict[str, Any]:
 def _bin_figures(
     loss: FloatArray,
     predicted: FloatArray,
-    positives: NDArray[np.intp],
-    count: NDArray[np.intp],
+    positives: NDArray[Any],
+    count: NDArray[Any],
 ) -> dict[str, list[float | None]]:
     rates = (positives / count).tolist()
     levels = zip(predicted.tolist(), positives.tolist(), strict=True)

@@ -39,7 +39,7 @@ _NEARLY_CLOSED = 0.95
 
 def enough_of_both(rows: TrainingSet) -> str | None:
     """None, or why the rows are too few: positives or negatives."""
-    return too_few(int(np.count_nonzero(rows.label > 0.5)), len(rows))
+    return too_few(int(np.count_nonzero(rows.label > 0)), len(rows))
 
 
 def too_few(positives: int, rows: int) -> str | None:
@@ -118,8 +118,8 @@ def figures(logit: NDArray[np.float64], rows: TrainingSet, base_rate: float) -> 
     if seen > 0.0:
         found["pcoc"] = float(np.sum(weight * rows.observed_share * sigmoid(logit))) / seen
     closed = rows.observed_share >= _NEARLY_CLOSED
-    if len(np.unique(rows.label[closed] > 0.5)) == 2:
-        found["auc"] = auc(rows.label[closed] > 0.5, sigmoid(logit[closed]), weight[closed])
+    if len(np.unique(rows.label[closed] > 0)) == 2:
+        found["auc"] = auc(rows.label[closed] > 0, sigmoid(logit[closed]), weight[closed])
     return found
 
 

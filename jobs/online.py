@@ -323,8 +323,9 @@ class OnlineLoop:
                 self.accounting.remove(name, target, -change)
 
     def _is_trained(self, kind: str) -> bool:
-        # A click is the label of one task and opens the window of the other.
-        return "conversion" in self.tasks or (kind != "conversion" and "click" in self.tasks)
+        # A click is the label of one task and opens the window of another.
+        used_by = {"impression": TASKS, "click": TASKS[:2], "conversion": TASKS[1:]}
+        return any(task in self.tasks for task in used_by[kind])
 
 
 def _mini_batch(config: Config, rows: int) -> int:

@@ -31,7 +31,7 @@ from jobs.report_operations import (
     timing_section,
 )
 from jobs.report_quality import task_section
-from jobs.report_run import TASKS, RunFolder
+from jobs.report_run import RunFolder
 from jobs.report_verdicts import judged_figures, run_verdicts, slowest_stage
 from monitoring.verdicts import Verdict, overall_status
 from pipelines.duration import DAY_MS, HOUR_MS, MINUTE_MS, parse_duration
@@ -40,7 +40,7 @@ __all__ = ["Headline", "render", "sections"]
 
 _DIGEST_DIGITS = 16
 # Label policies whose first row waits for the observation window.
-_OBSERVING = ("vanilla", "esdfm")
+_OBSERVING = ("vanilla", "esdfm", "defer", "defuse", "bidefuse")
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _config_facts(config: dict[str, Any]) -> list[tuple[str, Cell]]:
 def _label_policy(labels: dict[str, Any], attribution: dict[str, Any]) -> str:
     """The policy of each task, and how long its first row waits where it does."""
     common = labels.get("policy")
-    own = {task: labels.get(task, {}) for task in labels.get("tasks", TASKS)}
+    own = {task: labels.get(task, {}) for task in labels.get("tasks", ("click", "conversion"))}
     if not any("policy" in one for one in own.values()):
         return str(common)
     parts = []

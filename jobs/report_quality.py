@@ -34,7 +34,11 @@ PREDICTOR_NAMES = {
     "base_rate": "running base rate",
     "oracle": "truth",
 }
-_QUESTIONS = {"click": "P(click | impression)", "conversion": "P(conversion | click)"}
+_QUESTIONS = {
+    "click": "P(click | impression)",
+    "conversion": "P(conversion | click)",
+    "view_through": "P(conversion without a click | impression)",
+}
 
 QUALITY_NOTE = (
     "Lower is better: log loss (nats), NE (log loss over the entropy of the rate of these rows; 1 is a model "
@@ -65,8 +69,8 @@ def task_section(run: RunFolder, task: str) -> Section:
     alarm = base_rate_alarm(run, task)
     return Section(
         anchor=f"task-{task}",
-        title=f"{task.capitalize()} model: {_QUESTIONS[task]}",
-        short=f"{task.capitalize()} model",
+        title=f"{task.capitalize().replace('_', '-')} model: {_QUESTIONS[task]}",
+        short=f"{task.capitalize().replace('_', '-')} model",
         lead=_lead(found),
         blocks=tuple(blocks),
         alarms=() if alarm is None else (alarm,),

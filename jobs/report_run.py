@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.config_sections import TASKS
 from pipelines.errors import DataError
 
 __all__ = ["RunFolder"]
 
-TASKS = ("click", "conversion")
 _FILES = ("metrics", "reliability", "drift", "consistency", "freshness", "accounting", "summary")
 
 

@@ -183,9 +183,7 @@ def _label_delay(task: Task, span: int, config: Config) -> int:
     The window of the task; but at most an eighth of the span, or a window as long as the log would leave no
     row with a label to see.
     """
-    attribution = config.attribution
-    window = attribution.click_window if task == "click" else attribution.attribution_window
-    return min(window, span // 8)
+    return min(config.attribution.width(task), span // 8)
 
 
 def _segment_names(rows: TaskRows, config: Config, segments: tuple[str, ...] | None) -> tuple[str, ...]:

@@ -262,7 +262,12 @@ class PairedDifference:
     standard_error: float | None
 
 
-def paired_log_loss(label: npt.ArrayLike, first: npt.ArrayLike, second: npt.ArrayLike) -> PairedDifference:
+def paired_log_loss(
+    label: npt.ArrayLike,
+    first: npt.ArrayLike,
+    second: npt.ArrayLike,
+    weight: npt.ArrayLike | None = None,
+) -> PairedDifference:
     """Compare two predictors row by row, which is far sharper than comparing their two means.
 
     Examples
@@ -280,5 +285,9 @@ def paired_log_loss(label: npt.ArrayLike, first: npt.ArrayLike, second: npt.Arra
         return PairedDifference(0, None, None)
     loss = row_log_loss(y, probability_array(first, rows, "first"))
     loss -= row_log_loss(y, probability_array(second, rows, "second"))
+    w = weight_array(weight, rows)
+    if w is not None:
+        mean = float(w @ loss) / float(w.sum())
+        return PairedDifference(rows, mean, math.sqrt(float(w**2 @ (loss - mean) ** 2)) / float(w.sum()))
     error = float(loss.std(ddof=1)) / math.sqrt(rows) if rows > 1 else None
     return PairedDifference(rows, float(loss.mean()), error)
