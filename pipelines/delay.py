@@ -126,6 +126,11 @@ class DelayCurve:
         """Features whose hashes it looks at: none, see `pipelines.delay_model.DelayModel`."""
         return ()
 
+    @property
+    def common(self) -> DelayCurve:
+        """Itself: it is the same for all rows."""
+        return self
+
     def observed_share(
         self,
         elapsed: npt.ArrayLike,

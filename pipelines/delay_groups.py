@@ -141,6 +141,11 @@ class DelayGroups:
         """Outcomes behind the groups of the first level."""
         return float(self.levels[0].support.sum()) if self.levels else 0.0
 
+    @property
+    def common(self) -> DelayCurve:
+        """The curve of all outcomes together."""
+        return self.bins.base
+
     def observed_share(
         self,
         elapsed: npt.ArrayLike,

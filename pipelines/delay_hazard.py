@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from numpy.typing import NDArray
 
+from pipelines.delay import DelayCurve
 from pipelines.delay_bins import DelayBins
 from pipelines.errors import DataError
 
@@ -75,6 +76,11 @@ class DelayHazard:
     def fields(self) -> tuple[str, ...]:
         """None: the features come by ``buckets`` and ``numbers``."""
         return ()
+
+    @property
+    def common(self) -> DelayCurve:
+        """The curve of all outcomes together."""
+        return self.bins.base
 
     def observed_share(
         self,

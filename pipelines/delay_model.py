@@ -43,6 +43,11 @@ class DelayModel(Protocol):
         """Features whose hashes are the columns of ``segment_key``; empty where it looks at none."""
         ...
 
+    @property
+    def common(self) -> DelayCurve:
+        """The curve of all outcomes together, for whoever asks about no row in particular."""
+        ...
+
     def observed_share(
         self,
         elapsed: npt.ArrayLike,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.codec import with_features_from_json
@@ -78,6 +79,45 @@ class DelayRows:
         opened, delay, follow_up = (np.asarray(table.column(name).to_numpy(), np.int64) for name in _OWN)
         return cls(encoded.buckets, encoded.numbers, encoded.segment_key, opened, delay, follow_up)
 
+    @classmethod
+    def from_samples(
+        cls, table: pa.Table, as_of: int, horizon: int, segments: tuple[int, ...] = ()
+    ) -> DelayRows:
+        """Positives of one task out of rows of a snapshot, each sample once, however often it is repeated.
+
+        Parameters
+        ----------
+        table : pa.Table
+            Columns ``sample_id, label, event_time, outcome_known_at, segment_key, buckets, numbers`` of
+            `pipelines.snapshot.SAMPLE_SCHEMA`, first rows only.
+        as_of : int
+            The snapshot's, ms since the epoch.
+        horizon : int
+            Age (ms) from which a window has closed.
+        segments : tuple of int
+            Columns of ``segment_key`` to keep.
+        """
+        positive = table.filter(pc.greater(table.column("label"), 0.0)).combine_chunks()
+        names = positive.column("sample_id").to_pylist()
+        _, once = np.unique(np.asarray(names, object).astype(str), return_index=True)
+        positive = positive.take(pa.array(once)).combine_chunks()
+        opened, known = (
+            np.asarray(positive.column(name).to_numpy(), np.int64)
+            for name in ("event_time", "outcome_known_at")
+        )
+        follow_up = np.minimum(as_of - opened, horizon)
+        key, buckets, numbers = (
+            _matrix(positive.column(name)) for name in ("segment_key", "buckets", "numbers")
+        )
+        return cls(
+            buckets.astype(np.int32),
+            numbers.astype(np.float32),
+            key.astype(np.int64)[:, list(segments)],
+            opened,
+            np.clip(known - opened, 0, follow_up),
+            follow_up,
+        )
+
     def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> DelayRows:
         """The chosen rows."""
         return DelayRows(**{part.name: getattr(self, part.name)[rows] for part in fields(self)})
@@ -101,6 +141,13 @@ class DelayRows:
     def bins(self, grid: DelayGrid) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Bins of delay and of the whole follow-up, both (n,); see `DelayGrid.whole_bins`."""
         return grid.bin_of(self.delay), grid.whole_bins(self.follow_up)
+
+
+def _matrix(column: pa.ChunkedArray) -> NDArray[Any]:
+    """Lists of one length as rows."""
+    n = len(column)
+    flat = column.combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(flat).reshape(n, len(flat) // n if n else 0)
 
 
 def delay_loss(model: DelayModel, rows: DelayRows, grid: DelayGrid) -> Floats:

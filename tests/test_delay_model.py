@@ -114,6 +114,7 @@ def test_files_and_transport_give_the_same_model(kind: str) -> None:
             again.observed_share(elapsed, *rows), model.observed_share(elapsed, *rows)
         )
         assert again.fields == model.fields
+        assert again.common.state() == model.common.state() == curve().state()
         assert digest(again) == digest(model)
         assert json.loads(json.dumps(again.state())) == again.state()
 
