@@ -176,7 +176,7 @@ class Run:
 
 
 def run(rule: Rule, events: list[Event], cuts: list[int], as_of: int, restart: bool = False) -> Run:
-    """Run a joiner over what has arrived by a moment, cut anywhere; with ``restart`` restored after each step."""
+    """Run a joiner over what has arrived by a moment, cut anywhere; ``restart``: restored after each step."""
     found = Run(rule.joiner())
     ordered = [event for event in in_arrival_order(events) if event.arrival_time <= as_of]
     bounds = sorted({0, len(ordered), *(cut % (len(ordered) + 1) for cut in cuts)})
