@@ -1,92 +1,218 @@
-"""``samples check``: is a snapshot what its manifest says, and does it say only what was known?"""
+"""``samples check``: is a snapshot what its manifest says, and does it say only what was known?
+
+Files are read once for their digests and once for their rows, in chunks of a few MiB. What grows with the
+rows is on disk: the hashes of their ids, 8 bytes a row (`pipelines.check_ids`).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from pipelines.check_features import SAMPLED_COLUMNS, FeatureSample, SampleCollector
+from pipelines.check_findings import Finding, at_most, failed
+from pipelines.check_ids import IdHashes
+from pipelines.check_rows import CHECKED_COLUMNS, CheckedRows, RowRules
+from pipelines.check_sums import PartitionSums, manifest_findings, sum_findings
 from pipelines.config import Task
-from pipelines.config_sections import AttributionConfig
-from pipelines.errors import DataError
-from pipelines.snapshot import read_manifest, read_rows, verify_files
-from pipelines.snapshot_manifest import SnapshotManifest
+from pipelines.errors import ConfigError, DataError
+from pipelines.feature_spec import FeatureSpec
+from pipelines.hashing import hash_column
+from pipelines.snapshot import (
+    SAMPLE_SCHEMA,
+    SPEC_NAME,
+    expected_files,
+    read_manifest,
+    read_spec,
+    split_location,
+    verify_file,
+)
+from pipelines.snapshot_manifest import PartitionSummary, SnapshotManifest
+from pipelines.snapshot_partitions import PartitionGrid
+from pipelines.stream_columns import with_widths
+from pipelines.stream_files import DataFile, ParquetFiles
 
-__all__ = ["check_snapshot"]
+__all__ = ["SnapshotScan", "check_snapshot", "repeated_finding", "scan_snapshot"]
 
-_COLUMNS = [
-    "sample_id",
-    "label",
-    "event_time",
-    "known_at",
-    "outcome_known_at",
-    "elapsed",
-    "mature",
-    "weight",
-    "observed_share",
-]
+# Files hashed at once: hashing runs outside Python's lock.
+_READERS = 4
 
 
-def check_snapshot(path: Path) -> list[str]:
-    """Check a snapshot; returns what is wrong with it, empty if nothing is.
+@dataclass(frozen=True)
+class SnapshotScan:
+    """What reading a whole snapshot has found, and a sample of its rows by task."""
 
-    1. Every file of the manifest is there with its size and digest, and the feature spec has its digest.
-    2. No sample appears twice, and the rows are as many as the manifest says.
-    3. Windows opened inside the snapshot's window; nothing became known after ``as_of`` or before its
-       window opened.
-    4. A label is 1 exactly where an outcome is known; mature rows have seen their whole window.
+    findings: list[Finding]
+    samples: dict[Task, FeatureSample | None]
+
+
+def check_snapshot(location: str | Path) -> list[str]:
+    """Check a snapshot against its manifest; returns what is wrong with it in words, empty if nothing is.
 
     Raises
     ------
     DataError
         If there is no readable manifest.
     """
-    manifest = read_manifest(path)
+    return [finding.text for finding in failed(scan_snapshot(location).findings)]
+
+
+def scan_snapshot(location: str | Path, *, leak_rows: int = 0, count_ids: bool = True) -> SnapshotScan:
+    """Read all files of a snapshot and check them.
+
+    1. Every file of the manifest is there with its size and digest, and the feature spec has its digest.
+    2. Rows and sums of every partition are those of the manifest, and its totals those of the partitions.
+    3. Every row says only what was known: `pipelines.check_rows.RowRules`.
+    4. No sample appears twice.
+
+    Parameters
+    ----------
+    location : str or Path
+    leak_rows : int
+        Rows of each task to sample for `pipelines.check_features`, about; 0 for none.
+    count_ids : bool
+        Whether to look for samples that appear twice.
+
+    Raises
+    ------
+    DataError
+        If there is no readable manifest.
+    """
+    manifest = read_manifest(location)
+    findings, unreadable = _file_findings(location, manifest)
+    spec, found = _spec_findings(location, manifest)
+    findings += [*found, *manifest_findings(manifest)]
+    total = sum(summary.rows for summary in manifest.tasks.values())
+    with IdHashes(total) as ids:
+        scan = _Scan(location, manifest, spec, ids if count_ids else None, leak_rows)
+        for part in manifest.partitions:
+            scan.read(part, unreadable)
+        findings += [*scan.findings, *sum_findings(manifest, scan.sums)]
+        for rules in scan.rules.values():
+            findings += rules.findings()
+        findings += _kind_findings(manifest, scan.rules)
+        if count_ids:
+            findings.append(repeated_finding(ids.repeated()))
+    return SnapshotScan(findings, {task: collector.sample() for task, collector in scan.collectors.items()})
+
+
+def repeated_finding(repeated: int) -> Finding:
+    """Of rows whose sample another row has been said for."""
+    return at_most("rows", "sample_id appears more than once", "all tasks", repeated, 0, "count")
+
+
+@dataclass
+class _Scan:
+    """One pass over the rows, partition by partition."""
+
+    location: str | Path
+    manifest: SnapshotManifest
+    spec: FeatureSpec | None
+    ids: IdHashes | None
+    leak_rows: int
+    findings: list[Finding] = field(default_factory=list)
+    sums: dict[tuple[Task, str], PartitionSums] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.grid = PartitionGrid(self.manifest.granularity)
+        self.rules = {task: RowRules(self.manifest, task) for task in self.manifest.tasks}
+        self.collectors: dict[Task, SampleCollector] = {}
+        if self.spec is not None and self.leak_rows:
+            self.collectors = {
+                task: SampleCollector(min(1.0, self.leak_rows / max(1, summary.rows)))
+                for task, summary in self.manifest.tasks.items()
+            }
+        self.schema = _schema(self.spec if self.collectors else None)
+
+    def read(self, part: PartitionSummary, unreadable: set[str]) -> None:
+        """Read the files of a partition, but for those that are known to be missing or altered."""
+        parent, own = split_location(self.location)
+        origin = own if part.origin == self.manifest.snapshot_id else part.origin
+        sums, whole = PartitionSums(), True
+        for name, file in sorted(part.files.items()):
+            place = f"{parent}/{origin}/{name}"
+            if place in unreadable:
+                whole = False
+                continue
+            try:
+                for chunk in self._chunks(DataFile(place, file.rows)):
+                    self._take(chunk, part, sums)
+            except DataError as error:
+                whole = False
+                check = "a file cannot be read as rows of a snapshot"
+                self.findings.append(at_most("files", check, part.task, 1, 0, "count", error.message))
+        if whole:
+            self.sums[part.task, part.partition] = sums
+
+    def _chunks(self, file: DataFile) -> Iterator[pa.RecordBatch]:
+        files = ParquetFiles((file,), self.schema)
+        with closing(files.read(files.pieces)) as chunks:
+            yield from chunks
+
+    def _take(self, chunk: pa.RecordBatch, part: PartitionSummary, sums: PartitionSums) -> None:
+        rows = CheckedRows.of(chunk, part.task)
+        self.rules[part.task].update(rows, self.grid.interval(self.grid.index_of(part.partition)))
+        sums.update(rows, self.grid)
+        if self.ids is not None:
+            self.ids.add(hash_column(chunk.column("sample_id")))
+        if part.task in self.collectors:
+            # By impression: copies of a row must not tell on each other.
+            self.collectors[part.task].update(chunk, hash_column(chunk.column("impression_id")))
+
+
+def _schema(spec: FeatureSpec | None) -> pa.Schema:
+    wanted = {*CHECKED_COLUMNS, *(() if spec is None else SAMPLED_COLUMNS)}
+    schema = pa.schema([column for column in SAMPLE_SCHEMA if column.name in wanted])
+    if spec is None:
+        return schema
+    return with_widths(schema, {"buckets": len(spec.column_field), "numbers": len(spec.numeric)})
+
+
+def _file_findings(location: str | Path, manifest: SnapshotManifest) -> tuple[list[Finding], set[str]]:
+    """Missing and altered files."""
+    expected = expected_files(location, manifest)
+
+    def told(item: str) -> str | None:
+        try:
+            verify_file(item, expected[item])
+        except DataError as error:
+            return error.message
+        return None
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        messages = dict(zip(expected, pool.map(told, expected), strict=True))
+    wrong = {place: message for place, message in messages.items() if message is not None}
+    note = " ".join(list(wrong.values())[:3]) if wrong else f"of {len(expected):,} files"
+    check = "files missing or altered"
+    return [at_most("files", check, "all tasks", len(wrong), 0, "count", note)], set(wrong)
+
+
+def _spec_findings(
+    location: str | Path, manifest: SnapshotManifest
+) -> tuple[FeatureSpec | None, list[Finding]]:
+    check = "feature spec is not that of the manifest"
     try:
-        verify_files(path, manifest)
-    except DataError as error:
-        return [error.message]
-    return [
-        f"{task}: {finding}"
-        for task in manifest.tasks
-        for finding in _check_task(manifest, task, read_rows(path, task, _COLUMNS, verify=False))
-    ]
+        spec = read_spec(location)
+    except (DataError, ConfigError) as error:
+        return None, [at_most("files", check, SPEC_NAME, 1, 0, "count", error.message)]
+    differs = spec.digest() != manifest.feature_spec_digest
+    return spec, [at_most("files", check, SPEC_NAME, int(differs), 0, "count")]
 
 
-def _check_task(manifest: SnapshotManifest, task: Task, rows: pa.Table) -> list[str]:
-    summary = manifest.tasks[task]
-    label, opened = rows.column("label").to_numpy(), rows.column("event_time").to_numpy()
-    known_at, mature = rows.column("known_at").to_numpy(), rows.column("mature").to_numpy()
-    is_known = rows.column("outcome_known_at").is_valid().to_numpy()
-    outcome = pc.fill_null(rows.column("outcome_known_at"), manifest.as_of).to_numpy()
-    elapsed, share = rows.column("elapsed").to_numpy(), rows.column("observed_share").to_numpy()
-    weight = rows.column("weight").to_numpy()
-    width = AttributionConfig.model_validate(manifest.config["attribution"]).width(task)
-    distinct = pc.count_distinct(rows.column("sample_id")).as_py()
-    faults = {
-        "sample_id appears more than once": np.arange(rows.num_rows) >= distinct,
-        "label lies outside [0, 1]": ~((label >= 0) & (label <= 1)),
-        "the window opened outside the snapshot's window": (opened < manifest.since)
-        | (opened >= manifest.as_of),
-        "known_at lies after as_of": known_at > manifest.as_of,
-        "the outcome became known after known_at": is_known & (outcome > known_at),
-        "the outcome became known before the window opened": is_known & (outcome < opened),
-        "a label above 0 without a known outcome, or the reverse": is_known != (label > 0),
-        "elapsed is not the age of the window, at most its width": elapsed
-        != np.minimum(manifest.as_of - opened, width),
-        "mature before its window has passed": mature & (elapsed < width),
-        "mature but observed_share is not 1": mature & (share != 1),
-        "observed_share lies outside [0, 1]": ~((share >= 0) & (share <= 1)),
-        "weight is not above 0": ~(weight > 0),
-    }
-    findings = [f"{name} ({int(bad.sum())} rows)" for name, bad in faults.items() if bad.any()]
-    original = ~pc.match_substring(rows.column("sample_id"), "#").to_numpy()
-    positives = float(label[original].sum(dtype=np.float64))
-    if rows.num_rows != summary.rows or positives != summary.positives:
-        findings.append(
-            f"expected {summary.rows} rows with {summary.positives:g} positives, as in the manifest. "
-            f"Found {rows.num_rows} with {positives:g}"
-        )
+def _kind_findings(manifest: SnapshotManifest, rules: dict[Task, RowRules]) -> list[Finding]:
+    """Rows by kind: a snapshot says every window once."""
+    findings = []
+    for task, summary in manifest.tasks.items():
+        found = {kind: count for kind, count in rules[task].kinds.items() if count}
+        told = {kind: count for kind, count in summary.kinds.items() if count}
+        others = sum(count for kind, count in found.items() if kind != "first")
+        note = "" if found == told else f"{told} in the manifest, {found} found"
+        check = "rows of another kind than first, or not as in the manifest"
+        wrong = others + sum(abs(found.get(kind, 0) - told.get(kind, 0)) for kind in {*found, *told})
+        findings.append(at_most("rows", check, task, wrong, 0, "count", note))
     return findings
