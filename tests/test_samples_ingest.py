@@ -13,84 +13,27 @@ import pytest
 
 from jobs.samples_ingest import ingest
 from jobs.samples_kafka import spark_kafka_options
-from jobs.topics import ensure_topics
 from pipelines.codec import encode_json, encode_packed
 from pipelines.config import Config
-from pipelines.config_sections import KafkaConfig, TopicsConfig
-from pipelines.conform import conform
 from pipelines.errors import ConfigError, DataError, TransientError
-from pipelines.events import CLICK, CONVERSION, IMPRESSION, KINDS, TOPICS
+from pipelines.events import CLICK, CONVERSION, IMPRESSION, KINDS
 from pipelines.lake import lake_batches, lake_version, read_lake
+from tests.lake_logs import (
+    HOUR,
+    START,
+    clicks,
+    conversions,
+    impressions,
+    kafka_config,
+    rows_of,
+    send,
+    write_log,
+)
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
     from jobs.broker import Broker
-
-START = 1_767_571_200_000
-HOUR = 3_600_000
-
-
-def impressions(first: int, n: int) -> pa.Table:
-    ids = [f"i{k}" for k in range(first, first + n)]
-    columns = {
-        "event_id": ids,
-        "impression_id": ids,
-        "event_time": [START + k * HOUR // 4 for k in range(first, first + n)],
-        "user_id": [f"u{k % 7}" for k in range(n)],
-        "item_id": [f"t{k % 3}" for k in range(n)],
-        "position": [1 + k % 4 for k in range(n)],
-        "price": [k / 4 for k in range(n)],
-        "tags": [[], ["a"], ["a", 'ä"b']] * (n // 3) + [None] * (n % 3),
-    }
-    return conform(IMPRESSION, pa.table(columns))
-
-
-def clicks(first: int, n: int) -> pa.Table:
-    columns = {
-        "event_id": [f"c{k}" for k in range(first, first + n)],
-        "impression_id": [f"i{k}" for k in range(first, first + n)],
-        "event_time": [START + k * HOUR // 4 + 5_000 for k in range(first, first + n)],
-        "arrival_time": [START + k * HOUR // 4 + 9_000 for k in range(first, first + n)],
-    }
-    return conform(CLICK, pa.table(columns))
-
-
-def conversions(first: int, n: int) -> pa.Table:
-    columns = {
-        "event_id": [f"v{k}" for k in range(first, first + n)],
-        "impression_id": [f"i{k}" for k in range(first, first + n)],
-        "event_time": [START + k * HOUR // 4 + 60_000 for k in range(first, first + n)],
-        "value": [1.5] * n,
-        "op": ["assert", "retract"] * (n // 2),
-    }
-    return conform(CONVERSION, pa.table(columns))
-
-
-def rows_of(spark: SparkSession, lake: Path, kind: str) -> list[dict[str, Any]]:
-    table = read_lake(spark, lake).where(f"kind = '{kind}'").toArrow()
-    return sorted(
-        table.to_pylist(), key=lambda row: (row["source"], row["partition"], row["offset"], row["row"])
-    )
-
-
-def send(broker: Broker, topic: str, payloads: list[bytes | None]) -> None:
-    from kafka import KafkaProducer
-
-    producer = KafkaProducer(bootstrap_servers=broker.bootstrap_servers)
-    for number, payload in enumerate(payloads):
-        producer.send(topic, payload, key=b"k", partition=number % 2)
-    producer.flush()
-    producer.close()
-
-
-def kafka_config(broker: Broker, name: str, create: bool = True) -> Config:
-    topics = {topic: f"{name}-{topic}" for topic in TOPICS}
-    if create:
-        ensure_topics(broker.bootstrap_servers, dict.fromkeys(topics.values(), 2))
-    return Config(
-        kafka=KafkaConfig(bootstrap_servers=broker.bootstrap_servers, topics=TopicsConfig(**topics))
-    )
 
 
 @pytest.fixture(scope="module")
@@ -169,21 +112,6 @@ def test_absent_broker_and_absent_topic_are_told(spark: SparkSession, broker: Br
         ingest(spark, tmp_path, Config(), bootstrap_servers="127.0.0.1:9")
     with pytest.raises(DataError, match="At least one is missing"):
         ingest(spark, tmp_path, kafka_config(broker, "never-made", create=False))
-
-
-def write_log(folder: Path, suffix: str) -> Path:
-    folder.mkdir()
-    for name, kind, table in (
-        ("impressions", IMPRESSION, impressions(0, 9)),
-        ("clicks", CLICK, clicks(0, 6)),
-        ("conversions", CONVERSION, conversions(0, 4)),
-    ):
-        if suffix == ".parquet":
-            pq.write_table(table, folder / f"{name}.parquet")
-        else:
-            lines = [*encode_json(kind, table), b"", b'{"event_id": 7}']
-            (folder / f"{name}.jsonl").write_bytes(b"\n".join(lines) + b"\n")
-    return folder
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
