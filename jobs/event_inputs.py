@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from pipelines.storage import Folder, LocalFolder
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
-__all__ = ["MALFORMED", "EventInput", "by_schema", "find_inputs"]
+__all__ = ["MALFORMED", "EventInput", "by_schema", "describe_files", "file_sizes", "find_inputs"]
 
 MALFORMED = "malformed"
 # Files hashed at once: reading is what takes the time, and hashing runs outside Python's lock.
@@ -44,10 +44,7 @@ def find_inputs(spark: SparkSession, events: Folder) -> list[EventInput]:
     DataError
         If the folder has no impressions, or a file cannot be read.
     """
-    try:
-        sizes = {name: size for name, size in events.files().items() if "/" not in name}
-    except OSError as error:
-        raise DataError(f"cannot read the event folder {events.location}: {error.strerror}.") from error
+    sizes = file_sizes(events)
     found = [
         (name, kind)
         for kind, topic in zip(KINDS, TOPICS, strict=True)
@@ -61,6 +58,42 @@ def find_inputs(spark: SparkSession, events: Folder) -> list[EventInput]:
             hint="`ctrstream simulate --out DIR` writes an example",
         )
     found += [(name, MALFORMED) for name in sizes if name == MALFORMED_FILE]
+    return describe_files(spark, events, sizes, found)
+
+
+def file_sizes(events: Folder) -> dict[str, int]:
+    """Files right in a folder by name, with their sizes in bytes.
+
+    Raises
+    ------
+    DataError
+        If the folder cannot be read.
+    """
+    try:
+        return {name: size for name, size in events.files().items() if "/" not in name}
+    except OSError as error:
+        raise DataError(f"cannot read the event folder {events.location}: {error.strerror}.") from error
+
+
+def describe_files(
+    spark: SparkSession, events: Folder, sizes: Mapping[str, int], found: Sequence[tuple[str, str]]
+) -> list[EventInput]:
+    """Files of a folder with their digests.
+
+    Parameters
+    ----------
+    spark : SparkSession
+    events : Folder
+    sizes : mapping of str to int
+        See `file_sizes`.
+    found : sequence of (str, str)
+        Name and kind of each file.
+
+    Raises
+    ------
+    DataError
+        If a file cannot be read.
+    """
     with ThreadPoolExecutor(_READERS) as pool:
         digests = pool.map(lambda item: _sha256(spark, events, item[0]), found)
         return [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from pipelines.storage import Folder
 if TYPE_CHECKING:
     from pyspark.sql import DataFrame, SparkSession
 
-__all__ = ["ingest_files"]
+__all__ = ["add_inputs", "ingest_files"]
 
 # How often a run may find that others were quicker with some of its files. Each time it has fewer left.
 _TURNS = 5
@@ -43,14 +43,50 @@ def ingest_files(
     TransientError
         If other runs keep taking in the same files.
     """
-    inputs = find_inputs(spark, events)
+    return add_inputs(lake, events.location, find_inputs(spark, events), partial(_rows, spark))
+
+
+def add_inputs(
+    lake: Folder,
+    where: str,
+    inputs: Sequence[EventInput],
+    rows: Callable[[Sequence[EventInput]], DataFrame],
+    tables: Collection[str] = (),
+) -> tuple[Counter[str], list[str], list[str]]:
+    """Take in the files that are not in the lake yet, as one batch.
+
+    Parameters
+    ----------
+    lake : Folder
+    where : str
+        Where the files are, for messages.
+    inputs : sequence of EventInput
+    rows : callable
+        Rows of the lake from the files that are new.
+    tables : collection of str
+        Kinds of files that hold no events. Alone they make no batch, and they may change.
+
+    Returns
+    -------
+    rows : Counter
+        Rows added, by kind.
+    new, known : list of str
+        Names of files.
+
+    Raises
+    ------
+    DataError
+        If a file's content has changed since it was taken in.
+    TransientError
+        If other runs keep taking in the same files.
+    """
     for _ in range(_TURNS):
-        fresh, known = _fresh(inputs, committed_batches(lake))
-        if not fresh:
+        fresh, known = _fresh(inputs, committed_batches(lake), tables)
+        if all(item.file.kind in tables for item in fresh):
             return Counter(), [], known
         files = [item.file for item in fresh]
         try:
-            batch, added = add_file_batch(lake, _batch_id(lake, fresh), files, _rows(spark, fresh))
+            batch, added = add_file_batch(lake, _batch_id(lake, fresh), files, rows(fresh))
         except OvertakenError:
             continue
         names = [file.name for file in files]
@@ -58,12 +94,14 @@ def ingest_files(
             return Counter(), [], sorted([*known, *names])
         return Counter(batch.rows), names, known
     raise TransientError(
-        f"other runs took in files of {events.location} {_TURNS} times before this one could.",
+        f"other runs took in files of {where} {_TURNS} times before this one could.",
         hint="let one run at a time ingest a folder",
     )
 
 
-def _fresh(found: Sequence[EventInput], batches: Sequence[LakeBatch]) -> tuple[list[EventInput], list[str]]:
+def _fresh(
+    found: Sequence[EventInput], batches: Sequence[LakeBatch], tables: Collection[str]
+) -> tuple[list[EventInput], list[str]]:
     """Split files into new ones and names of known ones."""
     taken = {(file.kind, file.sha256) for batch in batches for file in batch.files}
     names = {(file.kind, file.name): file for batch in batches for file in batch.files}
@@ -75,7 +113,7 @@ def _fresh(found: Sequence[EventInput], batches: Sequence[LakeBatch]) -> tuple[l
             known.append(file.name)
             continue
         before = names.get((file.kind, file.name))
-        if before is not None:
+        if before is not None and file.kind not in tables:
             raise DataError(
                 f"{item.location} was ingested with other content (sha256 {before.sha256[:12]}…, now "
                 f"{file.sha256[:12]}…): part of it would be in the lake twice.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,10 +13,12 @@ from pipelines.events import KINDS
 from pipelines.lake import batches_version, committed_batches
 from pipelines.lake_rows import DEAD_LETTER_KIND
 from pipelines.spark_session import worker_errors
-from pipelines.storage import open_folder
+from pipelines.storage import Folder, open_folder
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
+
+    from pipelines.adapters import Adapter
 
 __all__ = ["IngestReport", "ingest"]
 
@@ -57,6 +60,7 @@ def ingest(
     *,
     bootstrap_servers: str | None = None,
     events: str | Path | None = None,
+    adapter: Adapter | None = None,
     every: int | None = None,
 ) -> IngestReport:
     """Add new events to the lake.
@@ -73,6 +77,8 @@ def ingest(
         Kafka to read; by default the configured one. Not with ``events``.
     events : str or Path, optional
         Folder (path or URI) with ``impressions*``, ``clicks*`` and ``conversions*`` files (.jsonl, .parquet).
+    adapter : Adapter, optional
+        Format of the files in ``events``, if they are not event files (docs/formats.md).
     every : int, optional
         Kafka only: go on until interrupted, with a batch every so many ms, instead of ending with what is
         there now.
@@ -89,10 +95,7 @@ def ingest(
     files: list[str] = []
     known: list[str] = []
     if events is not None:
-        from jobs.samples_files import ingest_files
-
-        with worker_errors():
-            counts, files, known = ingest_files(spark, folder, open_folder(events, spark))
+        counts, files, known = _ingest_folder(spark, folder, open_folder(events, spark), adapter)
     else:
         from jobs.samples_kafka import ingest_kafka
 
@@ -108,3 +111,17 @@ def ingest(
         files_known=known,
         lake_version=batches_version(committed_batches(folder)),
     )
+
+
+def _ingest_folder(
+    spark: SparkSession, lake: Folder, events: Folder, adapter: Adapter | None
+) -> tuple[Counter[str], list[str], list[str]]:
+    """Rows added by kind, names of new and of known files."""
+    with worker_errors():
+        if adapter is None:
+            from jobs.samples_files import ingest_files
+
+            return ingest_files(spark, lake, events)
+        from jobs.samples_formats import ingest_format
+
+        return ingest_format(spark, lake, events, adapter)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import bootstrap_option, config_options
+from jobs.options import UtcTime, bootstrap_option, config_options
 from jobs.spark_options import location_option, spark_for, spark_options
 from pipelines.duration import format_duration, parse_duration
 from pipelines.errors import ConfigError
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["command"]
 
+# Those of `pipelines.adapters`, which imports Spark.
+FORMATS = ("criteo-attribution", "criteo-conversions", "avazu", "taobao", "kuairand", "table")
 # Shorter makes smaller files: a batch has a file for every kind and hour that it touches.
 _EVERY_MS = 600_000
 
@@ -34,9 +37,25 @@ def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None)
 @bootstrap_option
 @location_option(
     "--events",
-    "Folder with impressions*, clicks* and conversions* files (.jsonl, .parquet) instead of Kafka.",
+    "Folder of files instead of Kafka: impressions*, clicks* and conversions* (.jsonl, .parquet).",
     required=False,
     use="read",
+)
+@click.option(
+    "--format",
+    "log_format",
+    type=click.Choice(FORMATS),
+    help="With --events: the folder holds a log of this format (docs/formats.md).",
+)
+@click.option(
+    "--mapping",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="With --format: its options (TOML); for the format table, what its columns mean.",
+)
+@click.option(
+    "--origin",
+    type=UtcTime(),
+    help="With --format: what times count from that are relative, as in 2026-01-01T00:00:00Z.",
 )
 @click.option("--continuous", is_flag=True, help="Kafka only: go on until interrupted.")
 @click.option(
@@ -52,6 +71,9 @@ def command(
     lake: str,
     bootstrap_servers: str | None,
     events: str | None,
+    log_format: str | None,
+    mapping: Path | None,
+    origin: int | None,
     continuous: bool,
     every: int | None,
     master: str,
@@ -70,8 +92,17 @@ def command(
         )
     if every is not None and not continuous:
         raise ConfigError("expected --continuous with --every. Received --every alone.")
+    if log_format is not None and events is None:
+        raise ConfigError("expected --events with --format. Received --format alone.")
+    if log_format is None and (mapping is not None or origin is not None):
+        raise ConfigError("expected --format with --mapping and --origin. Received none.")
     from jobs.samples_ingest import ingest
 
+    adapter = None
+    if log_format is not None:
+        from pipelines.adapters import load_adapter
+
+        adapter = load_adapter(log_format, mapping, origin)
     with spark_for("ingest", master, spark_conf, None if events else "spark-kafka") as spark:
         report = ingest(
             spark,
@@ -79,6 +110,7 @@ def command(
             config,
             bootstrap_servers=bootstrap_servers,
             events=events,
+            adapter=adapter,
             every=(every or _EVERY_MS) if continuous else None,
         )
     click.echo(report.to_json())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,6 +33,11 @@ __all__ = ["ADAPTERS", "Adapter", "adapted_rows", "load_adapter", "log_files"]
 
 # What the roles of a format's files are called in its options.
 _PATTERNS = {"log": "files"}
+# Where the files are says nothing about their events.
+_FILE_OPTIONS: dict[str, Any] = {
+    **dict.fromkeys(("files", "ads", "users", "videos"), True),
+    **{section: {"files"} for section in ("input", "click", "conversion")},
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,17 @@ class Adapter:
     read: Callable[[SparkSession, Mapping[str, Sequence[str]], Any], dict[str, DataFrame]]
     logs: tuple[str, ...] = ("log",)
     tables: tuple[str, ...] = ()
+
+    @property
+    def family(self) -> str:
+        """Name and digest of the options: what decides which events a file gives."""
+        options = self.options.model_dump(mode="json", exclude=_FILE_OPTIONS)
+        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()
+        return f"{self.name}@{digest[:12]}/"
+
+    def kind(self, role: str) -> str:
+        """What the lake notes of a file of a role, beside its content."""
+        return f"{self.family}{role}"
 
 
 # Format -> model of its options, reader, tables beside its log.

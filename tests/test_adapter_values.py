@@ -32,7 +32,8 @@ MOMENTS = st.datetimes(datetime(1970, 1, 2), datetime(2099, 12, 30))  # noqa: DT
 
 def computed(spark: SparkSession, values: list[Any], expression: Column, kind: str = "string") -> list[Any]:
     table = pa.table({"n": range(len(values)), "v": pa.array(values, {"string": pa.string()}.get(kind))})
-    return spark.createDataFrame(table).orderBy("n").select(expression.alias("x")).toArrow()["x"].to_pylist()
+    found = spark.createDataFrame(table).orderBy("n").select(expression.alias("x")).toArrow()
+    return list(found["x"].to_pylist())
 
 
 def since_epoch(moment: datetime) -> int:
