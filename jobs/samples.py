@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import click
 
-from jobs import samples_build_command, samples_check_command, samples_ingest_command
+from jobs import (
+    samples_build_command,
+    samples_check_command,
+    samples_ingest_command,
+    samples_show_command,
+)
 
 __all__ = ["command"]
 
 
 @click.group()
 def command() -> None:
-    """Build sample snapshots with Spark: ingest, build, relabel, check."""
+    """Sample snapshots: ingest, build and relabel them with Spark, then check and show them."""
 
 
 for _command in (
@@ -19,5 +24,6 @@ for _command in (
     samples_build_command.build_command,
     samples_build_command.relabel_command,
     samples_check_command.command,
+    samples_show_command.command,
 ):
     command.add_command(_command)

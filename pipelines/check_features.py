@@ -133,7 +133,7 @@ def feature_findings(
 ) -> list[Finding]:
     """What each column knows of label, maturity, time and kind."""
     if sample is None or len(sample) == 0:
-        return [told("features", "columns that know the label", task, None, "auc", "there are no rows")]
+        return [told("features", "label, told by a column", task, None, "auc", "there are no rows")]
     rule = AttributionConfig.model_validate(manifest.config["attribution"])
     closing = manifest.as_of - rule.width(task) - rule.allowed_lateness
     policy = _policy(manifest, task)
@@ -180,7 +180,7 @@ def _of_label(sample: FeatureSample, column: _Column, task: Task, limits: Checks
     classes = Classes(sample.weight * sample.label, sample.weight * (1.0 - sample.label), sample.half)
     found = []
     for name, rows in (("mature", sample.mature), ("open", ~sample.mature)):
-        check, subject = f"a column knows the label of {name} windows", f"{task} {column.name}"
+        check, subject = f"label of {name} windows, told by a column", f"{task} {column.name}"
         auc = _auc(column, classes, rows)
         if auc is None:
             found.append(told("features", check, subject, None, "auc", _too_few(classes.take(rows))))
@@ -201,7 +201,7 @@ def _of_maturity(
     manifest: SnapshotManifest,
     limits: ChecksConfig,
 ) -> Finding:
-    check, subject = "a column knows whether the window has closed", f"{task} {column.name}"
+    check, subject = "closing of the window, told by a column", f"{task} {column.name}"
     # Two stretches of the mature time at least are needed to compare with.
     width = min(manifest.as_of - closing, (closing - manifest.since) // 3)
     if width <= 0:
@@ -228,7 +228,7 @@ def _cut_auc(sample: FeatureSample, column: _Column, cut: int, width: int) -> fl
 
 
 def _of_time(sample: FeatureSample, column: _Column, task: Task, limits: ChecksConfig) -> Finding:
-    check, subject = "a number grows with time", f"{task} {column.name}"
+    check, subject = "number that grows with time", f"{task} {column.name}"
     low, high = int(sample.opened.min()), int(sample.opened.max())
     first = sample.opened < low + (high - low) / 3
     last = sample.opened > high - (high - low) / 3
@@ -243,7 +243,7 @@ def _of_kind(
     sample: FeatureSample, column: _Column, task: Task, observation: int, limits: ChecksConfig
 ) -> Finding:
     """A delayed positive is said in the hour in which it became known, among the fresh rows of that hour."""
-    check, subject = "a column tells fresh rows from positives said later", f"{task} {column.name}"
+    check, subject = "positives said later, told by a column", f"{task} {column.name}"
     late = np.flatnonzero((sample.outcome != _NEVER) & (sample.outcome > sample.opened + observation))
     n, m = len(sample), len(late)
     if m < _LEAST_SUPPORT:

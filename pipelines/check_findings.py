@@ -33,6 +33,8 @@ class Finding:
     unit : "count", "share" or "auc"
     note : str
         Where it is, and what to make of it.
+    is_least : bool
+        Whether the limit is the least, not the most, that the figure may be.
     """
 
     area: str
@@ -43,6 +45,7 @@ class Finding:
     verdict: Verdict
     unit: Unit
     note: str = ""
+    is_least: bool = False
 
     @property
     def text(self) -> str:
@@ -83,7 +86,7 @@ def at_least(
 ) -> Finding:
     """A figure that must reach its limit."""
     verdict: Verdict = "failed" if figure < limit else "ok"
-    return Finding(area, check, subject, float(figure), float(limit), verdict, unit, note)
+    return Finding(area, check, subject, float(figure), float(limit), verdict, unit, note, is_least=True)
 
 
 def told(

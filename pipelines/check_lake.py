@@ -80,7 +80,7 @@ def lake_findings(
     wanted = set(manifest.lake_batches)
     own = [batch for batch in batches if batch.batch in wanted]
     missing = sorted(wanted - {batch.batch for batch in own})
-    check = "batches that the snapshot was built from and that are not in the lake"
+    check = "batches of the snapshot that the lake lacks"
     findings = [at_most("lake", check, "lake", len(missing), 0, "count", ", ".join(missing[:_SHOWN]))]
     younger = len(batches) - len(own)
     findings.append(told("lake", "batches ingested since", "lake", younger))
@@ -91,7 +91,7 @@ def lake_findings(
     findings.append(
         at_most(
             "lake",
-            "dead letters among the rows of the lake",
+            "dead letters",
             "lake",
             dead / max(total, 1),
             limits.dead_letter_rate,
@@ -117,13 +117,11 @@ def _hour_findings(
             continue
         thin = thin_periods(counts, 24, limits.completeness)
         words = [f"{_hour(first + place)} {counts[place]:,} of {usual:,.0f}" for place, usual in thin]
-        check = f"hours without {kind}s, or below {100 * limits.completeness:g} % of the hour's usual"
+        check = f"hours below {100 * limits.completeness:g} % of the usual {kind}s"
         findings.append(at_most("lake", check, kind, len(thin), 0, "count", _first(words)))
     if last - first <= 24:
         note = "the window has no two days to compare"
-        findings.append(
-            told("lake", "hours that have no other day beside them", "lake", last - first, note=note)
-        )
+        findings.append(told("lake", "hours without another day to compare", "lake", last - first, note=note))
     return findings
 
 
@@ -154,12 +152,10 @@ def partition_findings(manifest: SnapshotManifest, limits: ChecksConfig) -> list
         counts = np.array([weight.get(index, 0) for index in every], np.int64)
         thin = thin_periods(counts, per_cycle, limits.completeness)
         words = [f"{grid.name(every[place])} {counts[place]:,} of {usual:,.0f}" for place, usual in thin]
-        check = f"partitions without rows, or below {100 * limits.completeness:g} % of the usual"
+        check = f"partitions below {100 * limits.completeness:g} % of the usual rows"
         findings.append(at_most("partitions", check, task, len(thin), 0, "count", _first(words)))
         outside = len(set(weight) - set(grid.between(manifest.since, manifest.as_of)))
-        findings.append(
-            at_most("partitions", "partitions outside the snapshot's window", task, outside, 0, "count")
-        )
+        findings.append(at_most("partitions", "partitions outside the window", task, outside, 0, "count"))
     return findings
 
 

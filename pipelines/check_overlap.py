@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -127,9 +126,9 @@ def overlap_findings(overlap: Overlap, limits: ChecksConfig) -> list[Finding]:
     Impressions in both sets, under another task, are a warning only: the click of an impression is one task's
     label before the split and opens the other's window after it.
     """
-    subject = f"{overlap.train_rows:,} training, {overlap.test_rows:,} test rows"
+    subject = "train, test"
     if not overlap.train_rows or not overlap.test_rows:
-        return [told("overlap", "rows of the test set that were trained on", subject, None, "share")]
+        return [told("overlap", "test rows that were trained on", subject, None, "share")]
     samples = overlap.shared_samples / overlap.test_rows
     impressions = overlap.shared_impressions / overlap.test_rows
     reaching = overlap.reaching / overlap.train_rows
@@ -137,7 +136,7 @@ def overlap_findings(overlap: Overlap, limits: ChecksConfig) -> list[Finding]:
     return [
         at_most(
             "overlap",
-            "rows of the test set that were trained on",
+            "test rows that were trained on",
             subject,
             samples,
             limit,
@@ -146,7 +145,7 @@ def overlap_findings(overlap: Overlap, limits: ChecksConfig) -> list[Finding]:
         ),
         at_most(
             "overlap",
-            "rows of the test set whose impression was trained on",
+            "test rows whose impression was trained on",
             subject,
             impressions,
             limit,
@@ -156,12 +155,16 @@ def overlap_findings(overlap: Overlap, limits: ChecksConfig) -> list[Finding]:
         ),
         at_most(
             "overlap",
-            "training rows known only after the test set begins",
+            "train rows known only after the test begins",
             subject,
             reaching,
             limit,
             "share",
             f"{overlap.reaching:,} rows, {overlap.late_labels:,} with an outcome from after it"
-            + ("; leave a gap of the label window before the test set" if reaching > limit else ""),
+            + (
+                "; leave a gap before the test, as wide as the label window and the allowed lateness"
+                if reaching > limit
+                else ""
+            ),
         ),
     ]

@@ -89,7 +89,7 @@ def sum_findings(manifest: SnapshotManifest, sums: Mapping[tuple[Task, str], Par
             if (task, part.partition) in sums:
                 told = sums[task, part.partition].differences(part)
                 wrong += [f"{part.partition}: {', '.join(told)}"] if told else []
-        check = "partitions whose rows and sums are not as in the manifest"
+        check = "partitions not as in the manifest"
         findings.append(at_most("sums", check, task, len(wrong), 0, "count", _first(wrong)))
     return findings
 
@@ -118,7 +118,7 @@ def manifest_findings(manifest: SnapshotManifest) -> list[Finding]:
         whole = content_digest([f"{part.partition} {part.content_digest}" for part in parts])
         if whole != summary.content_digest:
             told.append("content_digest is not that of its partitions")
-        check = "totals that are not those of the partitions, as in the manifest"
+        check = "totals not as in the manifest's partitions"
         findings.append(at_most("sums", check, task, len(told), 0, "count", _first(told)))
     return findings
 

@@ -144,7 +144,7 @@ class _Scan:
                     self._take(chunk, part, sums)
             except DataError as error:
                 whole = False
-                check = "a file cannot be read as rows of a snapshot"
+                check = "files that cannot be read as rows"
                 self.findings.append(at_most("files", check, part.task, 1, 0, "count", error.message))
         if whole:
             self.sums[part.task, part.partition] = sums
@@ -195,7 +195,7 @@ def _file_findings(location: str | Path, manifest: SnapshotManifest) -> tuple[li
 def _spec_findings(
     location: str | Path, manifest: SnapshotManifest
 ) -> tuple[FeatureSpec | None, list[Finding]]:
-    check = "feature spec is not that of the manifest"
+    check = "feature spec not that of the manifest"
     try:
         spec = read_spec(location)
     except (DataError, ConfigError) as error:
@@ -212,7 +212,7 @@ def _kind_findings(manifest: SnapshotManifest, rules: dict[Task, RowRules]) -> l
         told = {kind: count for kind, count in summary.kinds.items() if count}
         others = sum(count for kind, count in found.items() if kind != "first")
         note = "" if found == told else f"{told} in the manifest, {found} found"
-        check = "rows of another kind than first, or not as in the manifest"
+        check = "kinds of rows not as in the manifest"
         wrong = others + sum(abs(found.get(kind, 0) - told.get(kind, 0)) for kind in {*found, *told})
         findings.append(at_most("rows", check, task, wrong, 0, "count", note))
     return findings
