@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipelines.duration import DAY_MS
 from pipelines.label_fold import LONG_AGO, apply_outcomes
 from pipelines.label_news import CONFIRM, FIRST, POSITIVE, Emission, News, WindowLabel
-from pipelines.timers import TimerWheel
+from pipelines.timers import Timers
 
 __all__ = ["LabelWindows"]
 
@@ -83,9 +83,9 @@ class LabelWindows:
     ) -> None:
         self.width, self.lateness, self.observation = width, lateness, observation
         self.policy, self.confirm = policy, confirm
-        self._closing = TimerWheel((width + lateness) // 2048)
-        self._waiting = TimerWheel(max(1, observation) // 512)
-        self._confirming = TimerWheel((width + lateness) // 2048)
+        self._closing = Timers(width + lateness)
+        self._waiting = Timers(observation)
+        self._confirming = Timers(width + lateness)
         # Hashes of the outcomes of a window beside its first: few windows have any.
         self._more: dict[int, list[int]] = {}
         self._columns = dict(self._COLUMNS)
@@ -296,8 +296,8 @@ class LabelWindows:
 
     def state(self) -> dict[str, NDArray[np.generic]]:
         arrays: dict[str, NDArray[np.generic]] = {name: getattr(self, name) for name in self._columns}
-        for name, wheel in self._wheels().items():
-            arrays.update({f"{name}_{part}": value for part, value in wheel.state().items()})
+        for name, timers in self._timers().items():
+            arrays.update({f"{name}_{part}": value for part, value in timers.state().items()})
         pairs = [(slot, value) for slot, values in self._more.items() for value in values]
         arrays["more_slot"] = np.array([slot for slot, _ in pairs], np.int64)
         arrays["more_hash"] = np.array([value for _, value in pairs], np.uint64)
@@ -306,12 +306,11 @@ class LabelWindows:
     def load_state(self, arrays: dict[str, NDArray[np.generic]]) -> None:
         for name, dtype in self._columns.items():
             setattr(self, name, np.array(arrays[name], dtype))
-        for name, wheel in self._wheels().items():
-            timers = {part: arrays[f"{name}_{part}"] for part in ("slots", "due")}
-            setattr(self, f"_{name}", TimerWheel.from_state(wheel.width, timers))
+        for name, timers in self._timers().items():
+            timers.load_state({part: arrays[f"{name}_{part}"] for part in ("slots", "due", "border")})
         self._more = {}
         for slot, value in zip(arrays["more_slot"].tolist(), arrays["more_hash"].tolist(), strict=True):
             self._more.setdefault(slot, []).append(value)
 
-    def _wheels(self) -> dict[str, TimerWheel]:
+    def _timers(self) -> dict[str, Timers]:
         return {"closing": self._closing, "waiting": self._waiting, "confirming": self._confirming}

@@ -20,8 +20,8 @@ _FIRST_CAPACITY = 1024
 # Slots grow by a quarter: columns that are copied now and then cost less than memory that lies idle.
 _GROWTH = 1.25
 # Cells for each slot after a rebuild, and the load (removed ones included) that makes the next one due.
-_CELLS_PER_SLOT = 2
-_LARGEST_LOAD = 0.6
+_CELLS_PER_SLOT = 3
+_LARGEST_LOAD = 0.5
 
 
 def hash_ids(ids: Iterable[str]) -> Keys:
@@ -139,7 +139,7 @@ class SlotTable:
         self._n_free -= n
         return taken.astype(np.int64)
 
-    # Cells: open addressing, linear probing, many keys at a time -------------------------------------------
+    # Cells: open addressing, triangular probing, many keys at a time ---------------------------------------
 
     def _make_cells(self, slots: int) -> None:
         size = 2 * _FIRST_CAPACITY
@@ -152,26 +152,31 @@ class SlotTable:
         mask = len(self._cells) - 1
         self._filled += len(slots)
         cell = (self.keys[slots, 0] & np.uint64(mask)).astype(np.int64)
+        step = 0
         while len(slots):
             is_empty = self._cells[cell] == _EMPTY
             self._cells[cell[is_empty]] = slots[is_empty]
             # Of several that wrote into one cell the others go on.
-            rest = self._cells[cell] != slots
-            slots, cell = slots[rest], (cell[rest] + 1) & mask
+            rest = (self._cells[cell] != slots).nonzero()[0]
+            step += 1
+            slots, cell = slots[rest], (cell[rest] + step) & mask
 
     def _cell_of(self, keys: Keys) -> Ints:
         mask = len(self._cells) - 1
         found = np.full(len(keys), -1, np.int64)
-        low, high = keys[:, 0], keys[:, 1]
-        cell = (low & np.uint64(mask)).astype(np.int64)
+        cell = (keys[:, 0] & np.uint64(mask)).astype(np.int64)
         rows = np.arange(len(keys))
+        step = 0
         while len(rows):
             slot = self._cells[cell]
-            is_hit = (slot >= 0) & (self.keys[slot, 0] == low) & (self.keys[slot, 1] == high)
+            taken = (slot != _EMPTY).nonzero()[0]
+            rows, cell, slot = rows[taken], cell[taken], slot[taken]
+            # What was removed has no slot; the row of keys that -2 names is another's.
+            is_hit = (self.keys[slot] == keys[rows]).all(1) & (slot >= 0)
             found[rows[is_hit]] = cell[is_hit]
-            goes_on = ~is_hit & (slot != _EMPTY)
-            rows, low, high = rows[goes_on], low[goes_on], high[goes_on]
-            cell = (cell[goes_on] + 1) & mask
+            rest = (~is_hit).nonzero()[0]
+            step += 1
+            rows, cell = rows[rest], (cell[rest] + step) & mask
         return found
 
 

@@ -1,106 +1,109 @@
-"""A timer wheel over numpy arrays: set many, pop all that are due, in a fixed order."""
+"""Timers over numpy arrays: set many, pop all that are due, in a fixed order."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TimerWheel"]
+__all__ = ["Timers"]
 
-_NEVER = np.iinfo(np.int64).max
-# Many small arrays cost more than what is in them: a bucket with more than this many is made one.
-_LARGEST_BUCKET = 32
+# Timers are looked through this often while they wait, so the sorted part is small.
+_LOOKS = 16
 Slots = NDArray[np.int64]
 Entry = tuple[NDArray[np.int32], NDArray[np.int64]]
 
 
-class TimerWheel:
-    """Timers of integer slots, in coarse buckets of time.
+class Timers:
+    """Timers of integer slots.
+
+    What is due before a border lies sorted; the rest lies as it was set until the border moves on.
 
     Parameters
     ----------
-    width : int
-        Width of a bucket, ms. Any width is correct; about a thousandth of the typical delay is fast.
+    span : int
+        How long a timer typically runs, ms. Any span is correct; the right one is fast.
 
     Examples
     --------
-    >>> wheel = TimerWheel(width=10)
-    >>> wheel.set(np.array([7, 8]), np.array([25, 12]))
-    >>> wheel.pop(clock=24)[0].tolist(), wheel.pop(clock=25)[0].tolist()
+    >>> timers = Timers(span=10)
+    >>> timers.set(np.array([7, 8]), np.array([25, 12]))
+    >>> timers.pop(clock=24)[0].tolist(), timers.pop(clock=25)[0].tolist()
     ([8], [7])
     """
 
-    def __init__(self, width: int) -> None:
-        self.width = max(1, width)
-        self._buckets: dict[int, list[Entry]] = {}
-        self._next_due = _NEVER
+    def __init__(self, span: int) -> None:
+        self._stride = max(1, span // _LOOKS)
+        self._border = 0
+        self._soon: Entry = (np.zeros(0, np.int32), np.zeros(0, np.int64))
+        self._begin = 0
+        self._added: list[Entry] = []
+        self._later: list[Entry] = []
+        # Of the sorted part; the border where that is empty.
+        self._next_due = 0
 
     def __len__(self) -> int:
-        return sum(len(slots) for entries in self._buckets.values() for slots, _ in entries)
+        return len(self._soon[0]) - self._begin + sum(len(part[0]) for part in self._added + self._later)
 
     def set(self, slots: Slots, due: Slots) -> None:
         """Set a timer for each slot at ``due`` (ms)."""
         if len(slots) == 0:
             return
-        self._next_due = min(self._next_due, int(due.min()))
-        bucket = due // self.width
-        first = int(bucket[0])
-        if (bucket == first).all():
-            self._put(first, slots, due)
+        earliest, small = int(due.min()), slots.astype(np.int32)
+        if earliest >= self._border:
+            self._later.append((small, due))
             return
-        order = np.argsort(bucket, kind="stable")
-        cuts = np.flatnonzero(np.diff(bucket[order])) + 1
-        for part in np.split(order, cuts):
-            self._put(int(bucket[part[0]]), slots[part], due[part])
+        self._next_due = min(self._next_due, earliest)
+        is_soon = due < self._border
+        self._added.append((small[is_soon], due[is_soon]))
+        self._later.append((small[~is_soon], due[~is_soon]))
 
     def pop(self, clock: int) -> tuple[Slots, Slots]:
         """Slots and due times of all timers with ``due <= clock``, ordered by due time, then by setting."""
         if clock < self._next_due:
-            empty = np.zeros(0, np.int64)
-            return empty, empty
-        last = clock // self.width
-        ripe = sorted(bucket for bucket in self._buckets if bucket <= last)
-        found = [self._merged(self._buckets.pop(bucket)) for bucket in ripe]
-        slots = np.concatenate([slots for slots, _ in found])
-        due = np.concatenate([due for _, due in found])
-        late = due > clock
-        if late.any():
-            # Only the last bucket can hold timers that are not due yet.
-            self._buckets[last] = [(slots[late], due[late])]
-            slots, due = slots[~late], due[~late]
-        self._next_due = self._earliest()
-        order = np.argsort(due, kind="stable")
-        return slots[order].astype(np.int64), due[order]
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        if clock >= self._border:
+            self._move_border(clock + 1 + self._stride)
+        elif self._added:
+            self._sort_in()
+        slots, due = self._soon
+        end = int(np.searchsorted(due, clock, side="right"))
+        found = slots[self._begin : end].astype(np.int64), due[self._begin : end].copy()
+        self._begin = end
+        self._next_due = int(due[end]) if end < len(due) else self._border
+        return found
 
     def state(self) -> dict[str, NDArray[np.generic]]:
-        """All timers in the order of their buckets and of setting."""
-        found = [self._merged(self._buckets[bucket]) for bucket in sorted(self._buckets)]
-        if not found:
-            return {"slots": np.zeros(0, np.int32), "due": np.zeros(0, np.int64)}
-        return {
-            "slots": np.concatenate([slots for slots, _ in found]),
-            "due": np.concatenate([due for _, due in found]),
-        }
+        """All timers, and the border."""
+        self._sort_in()
+        slots, due = _joined([self._soon, *self._later])
+        return {"slots": slots, "due": due, "border": np.array([self._border])}
 
-    @classmethod
-    def from_state(cls, width: int, state: dict[str, NDArray[np.generic]]) -> TimerWheel:
-        wheel = cls(width)
-        wheel.set(np.array(state["slots"], np.int64), np.array(state["due"], np.int64))
-        return wheel
+    def load_state(self, state: dict[str, NDArray[np.generic]]) -> None:
+        """Continue from a `state`."""
+        slots, due = np.array(state["slots"], np.int32), np.array(state["due"], np.int64)
+        self._border = int(np.array(state["border"], np.int64)[0])
+        is_soon = due < self._border
+        self._soon, self._begin = (slots[is_soon], due[is_soon]), 0
+        self._added, self._later = [], [(slots[~is_soon], due[~is_soon])]
+        self._next_due = int(due[0]) if is_soon.any() else self._border
 
-    def _put(self, bucket: int, slots: Slots, due: Slots) -> None:
-        entries = self._buckets.setdefault(bucket, [])
-        entries.append((slots.astype(np.int32), due))
-        if len(entries) > _LARGEST_BUCKET:
-            self._buckets[bucket] = [self._merged(entries)]
+    def _move_border(self, border: int) -> None:
+        slots, due = _joined(self._later)
+        is_soon = due < border
+        self._added.append((slots[is_soon], due[is_soon]))
+        self._later = [(slots[~is_soon], due[~is_soon])]
+        self._border = border
+        self._sort_in()
 
-    @staticmethod
-    def _merged(entries: list[Entry]) -> Entry:
-        if len(entries) == 1:
-            return entries[0]
-        return np.concatenate([slots for slots, _ in entries]), np.concatenate([due for _, due in entries])
+    def _sort_in(self) -> None:
+        """Sort what was added into what was sorted; of one instant what was set first stays first."""
+        left = self._soon[0][self._begin :], self._soon[1][self._begin :]
+        slots, due = _joined([left, *self._added])
+        order = np.argsort(due, kind="stable")
+        self._soon, self._begin, self._added = (slots[order], due[order]), 0, []
 
-    def _earliest(self) -> int:
-        if not self._buckets:
-            return _NEVER
-        return min(int(due.min()) for _, due in self._buckets[min(self._buckets)])
+
+def _joined(entries: list[Entry]) -> Entry:
+    if not entries:
+        return np.zeros(0, np.int32), np.zeros(0, np.int64)
+    return np.concatenate([slots for slots, _ in entries]), np.concatenate([due for _, due in entries])
