@@ -8,6 +8,7 @@ from jobs import (
     samples_build_command,
     samples_check_command,
     samples_ingest_command,
+    samples_replay_command,
     samples_show_command,
 )
 
@@ -16,7 +17,7 @@ __all__ = ["command"]
 
 @click.group()
 def command() -> None:
-    """Sample snapshots: ingest, build and relabel them with Spark, then check and show them."""
+    """Sample snapshots: ingest, build and relabel with Spark; check, replay, show."""
 
 
 for _command in (
@@ -24,6 +25,7 @@ for _command in (
     samples_build_command.build_command,
     samples_build_command.relabel_command,
     samples_check_command.command,
+    samples_replay_command.command,
     samples_show_command.command,
 ):
     command.add_command(_command)

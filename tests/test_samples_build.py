@@ -404,7 +404,7 @@ def test_wrong_usage_is_told_with_exit_code_2(arguments: list[str], told: str, t
 
 
 def test_commands_of_samples_are_listed() -> None:
-    assert set(command.commands) == {"ingest", "build", "relabel", "check", "show"}
+    assert set(command.commands) == {"ingest", "build", "relabel", "check", "replay", "show"}
 
 
 # A real log -----------------------------------------------------------------------------------------------
