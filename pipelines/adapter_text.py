@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -137,9 +138,13 @@ def cells_of(table: LogTable, required: Sequence[str]) -> dict[str, Column]:
 
 def _header(spark: SparkSession, path: str, layout: TextLayout) -> tuple[str, ...]:
     line = first_line(spark, path)
-    names = tuple(cell.strip().strip(layout.quote or None) for cell in line.split(layout.separator))
+    if layout.quote:
+        cells = next(csv.reader([line], delimiter=layout.separator, quotechar=layout.quote), [])
+    else:
+        cells = line.split(layout.separator)
+    names = tuple(cell.strip() for cell in cells)
     twice = {name for name in names if names.count(name) > 1}
-    if twice or not all(names):
+    if twice or not names or not all(names):
         raise DataError(
             f"{path}: the first line must name each column once. Received: {line[:200]!r}.",
             hint="are separator and header those of the file?",
