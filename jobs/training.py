@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from calibration.chain import CalibrationChain
 from jobs.first_calibration import fit_first_calibrator
 from jobs.held_out import figures, progressive_logit
-from jobs.training_split import TaskRows, TaskSplit, in_memory, split_task
+from jobs.training_split import TaskRows, TaskSplit, split_task
 from models.gbdt import GbdtModel
 from models.student import Student
 from pipelines.config import Config, Task
@@ -85,8 +85,7 @@ def train_models(
     Parameters
     ----------
     sets : mapping of task to TrainingSet or StreamedRows
-        Rows in time order. Those in files are streamed to networks; trees load them while they are fitted.
-        The models are the same.
+        Rows in time order. Those in files are streamed, but for what is held out; the models are the same.
     spec : FeatureSpec
     config : Config
     now_split : int, optional
@@ -159,7 +158,7 @@ def _fit_teacher(
         done = network.fit(rows, validation, epochs=None if length is None else length["epochs"])
         return network, {"epochs": done.epochs}
     trees = GbdtModel.fit(
-        in_memory(rows),
+        rows,
         spec,
         config.teacher,
         validation,

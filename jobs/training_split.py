@@ -19,7 +19,7 @@ from jobs.held_out import (
 from pipelines.streamed_rows import StreamedRows
 from pipelines.training_set import TrainingSet
 
-__all__ = ["TaskRows", "TaskSplit", "in_memory", "split_task"]
+__all__ = ["TaskRows", "TaskSplit", "split_task"]
 
 TaskRows = TrainingSet | StreamedRows
 
@@ -76,11 +76,6 @@ def split_task(rows: TaskRows, at: int | None = None) -> TaskSplit | str:
         return f"before the held-out window: {reason}"
     span = int(train.event_time[-1] - train.event_time[0])
     return _split(used, train, held_out, span, len(rows), _positives(rows))
-
-
-def in_memory(rows: TaskRows) -> TrainingSet:
-    """The rows, loaded if they are in files."""
-    return rows.load() if isinstance(rows, StreamedRows) else rows
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
 import lightgbm
@@ -11,12 +13,14 @@ import safetensors
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from models.losses import cure_base_rate, cure_derivatives, cured_log_loss
+from models.encoded_rows import EncodedRows
+from models.encoding_in_time import CHUNK_ROWS, encode_in_time
+from models.losses import cure_derivatives, cured_log_loss
 from models.target_encoding import TargetEncoding
 from pipelines.config_sections import TeacherConfig
 from pipelines.errors import DataError, StaleStateError
 from pipelines.feature_spec import FeatureSpec
-from pipelines.training_set import TrainingSet
+from pipelines.training_set import TrainingRows, TrainingSet
 
 __all__ = ["GbdtModel"]
 
@@ -65,7 +69,7 @@ class GbdtModel:
     @classmethod
     def fit(
         cls,
-        train: TrainingSet,
+        train: TrainingRows,
         spec: FeatureSpec,
         config: TeacherConfig,
         validation: TrainingSet | None = None,
@@ -76,9 +80,13 @@ class GbdtModel:
     ) -> Self:
         """Train on rows whose labels may still change.
 
+        Of each training row, its bins (a byte for each input) and some 100 bytes more are in memory, whether
+        the rows are or not.
+
         Parameters
         ----------
-        train : TrainingSet
+        train : TrainingRows
+            In time order; those in memory are sorted if they are not.
         spec : FeatureSpec
         config : TeacherConfig
         validation : TrainingSet, optional
@@ -96,21 +104,21 @@ class GbdtModel:
         """
         if len(train) == 0:
             raise DataError("no rows to train on.", hint="widen the training window")
-        weight = train.weight.astype(np.float64)
-        rate = cure_base_rate(train.label.astype(np.float64), train.observed_share.astype(np.float64), weight)
-        base_logit = float(np.log(rate / (1.0 - rate)))
+        if isinstance(train, TrainingSet) and (np.diff(train.event_time) < 0).any():
+            train = train.take(np.argsort(train.event_time, kind="stable"))
+        known = _Known.of(train)
         encoding = TargetEncoding.fit(train, spec)
-        inputs = np.concatenate((encoding.transform_in_time(train, label_delay), train.numbers), axis=1)
-        data = _dataset(inputs, train, base_logit)
+        base_logit = float(np.log(encoding.prior / (1.0 - encoding.prior)))
+        data = _dataset(partial(_inputs_in_time, encoding, train, label_delay), known, base_logit)
         parameters = _parameters(config, len(train), seed)
         loss = None
-        if any((rows.observed_share < 1.0).any() for rows in (train, validation) if rows is not None):
-            parameters |= {"objective": _cure_objective(train), "metric": "none"}
+        if known.is_open or (validation is not None and (validation.observed_share < 1.0).any()):
+            parameters |= {"objective": _cure_objective(known), "metric": "none"}
             loss = None if validation is None else _validation_loss(validation)
         valid: list[lightgbm.Dataset] = []
         if validation is not None and len(validation):
-            later = np.concatenate((encoding.transform(validation.buckets), validation.numbers), axis=1)
-            valid = [_dataset(later, validation, base_logit, reference=data)]
+            later = partial(_inputs, encoding, validation)
+            valid = [_dataset(later, _Known.of(validation), base_logit, reference=data)]
         booster = lightgbm.train(
             parameters,
             data,
@@ -201,17 +209,54 @@ def _parameters(config: TeacherConfig, rows: int, seed: int) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the outcome of each row: the columns that stay in memory, float32, each (n,)."""
+
+    label: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    observed_share: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, rows: TrainingRows) -> Self:
+        parts = [(part.label, part.weight, part.observed_share) for part in rows.batches(CHUNK_ROWS)]
+        return cls(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether some labels may still change."""
+        return bool((self.observed_share < 1.0).any())
+
+
+def _inputs_in_time(
+    encoding: TargetEncoding, train: TrainingRows, label_delay: int
+) -> Iterator[NDArray[np.float32]]:
+    for rows, encoded in encode_in_time(encoding, train, label_delay):
+        yield np.concatenate((encoded, rows.numbers), axis=1)
+
+
+def _inputs(encoding: TargetEncoding, rows: TrainingRows) -> Iterator[NDArray[np.float32]]:
+    for part in rows.batches(CHUNK_ROWS):
+        yield np.concatenate((encoding.transform(part.buckets), part.numbers), axis=1)
+
+
 def _dataset(
-    inputs: NDArray[np.float32],
-    rows: TrainingSet,
+    inputs: Callable[[], Iterator[NDArray[np.float32]]],
+    known: _Known,
     base_logit: float,
     reference: lightgbm.Dataset | None = None,
 ) -> lightgbm.Dataset:
-    start = np.full(len(rows), base_logit)
-    return lightgbm.Dataset(inputs, rows.label, weight=rows.weight, init_score=start, reference=reference)
+    n = len(known.label)
+    return lightgbm.Dataset(
+        EncodedRows(n, inputs),
+        known.label,
+        weight=known.weight,
+        init_score=np.full(n, base_logit),
+        reference=reference,
+    )
 
 
-def _cure_objective(train: TrainingSet) -> Any:
+def _cure_objective(train: _Known) -> Any:
     label, share = train.label.astype(np.float64), train.observed_share.astype(np.float64)
     weight = train.weight.astype(np.float64)
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import roc_auc_score
 
 from models.base import sigmoid
+from models.encoding_in_time import encode_in_time
 from models.gbdt import GbdtModel
 from models.losses import cured_log_loss
 from models.target_encoding import TargetEncoding
@@ -66,8 +67,18 @@ def drawn(rows: TrainingSet, seed: int, share: NDArray[np.float64] | None = None
     )
 
 
-@pytest.mark.parametrize("delay", [0, 7, 40])
-def test_training_rows_see_only_older_rows_and_labels_that_could_be_known(delay: int) -> None:
+def in_time(
+    encoding: TargetEncoding, rows: TrainingSet, delay: int, chunk_rows: int = 1_000
+) -> NDArray[np.float32]:
+    chunks = encode_in_time(encoding, rows, delay, chunk_rows)
+    return np.concatenate([encoded for _, encoded in chunks])
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 64, 1_000])
+@pytest.mark.parametrize("delay", [0, 7, 40, 1_000])
+def test_training_rows_see_only_older_rows_and_labels_that_could_be_known(
+    delay: int, chunk_rows: int
+) -> None:
     """Against the definition, row by row."""
     noise = np.random.default_rng(3)
     rows = rows_of(
@@ -78,7 +89,7 @@ def test_training_rows_see_only_older_rows_and_labels_that_could_be_known(delay:
         observed_share=noise.uniform(0.2, 1.0, 300).astype(np.float32),
     )
     encoding = TargetEncoding.fit(rows, SPEC, smoothing=5.0)
-    got = encoding.transform_in_time(rows, delay)
+    got = in_time(encoding, rows, delay, chunk_rows)
     for i in range(0, 300, 7):
         for field in range(3):
             same = rows.buckets[:, field] == rows.buckets[i, field]
@@ -92,6 +103,17 @@ def test_training_rows_see_only_older_rows_and_labels_that_could_be_known(delay:
             assert got[i, 3 + field] == pytest.approx(np.log1p(older.sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize("chunk_rows", [1, 16, 1_000])
+def test_value_of_a_sequence_counts_wherever_it_stands(chunk_rows: int) -> None:
+    """The last row sees what a prediction right after it would see, had it not been there itself."""
+    rows = rows_of(SEQUENCE_SPEC, 120, 1, event_time=np.arange(120))
+    rows.buckets[::3, 2:] = 0
+    encoding = TargetEncoding.fit(rows.take(slice(0, 119)), SEQUENCE_SPEC)
+    np.testing.assert_allclose(
+        in_time(encoding, rows, 0, chunk_rows)[-1], encoding.transform(rows.buckets[-1:])[0], rtol=1e-5
+    )
+
+
 def test_training_rows_do_not_depend_on_labels_of_their_own_or_later() -> None:
     rows = rows_of(SPEC, 500, 1)
     cut = int(rows.event_time[300])
@@ -100,8 +122,8 @@ def test_training_rows_do_not_depend_on_labels_of_their_own_or_later() -> None:
     changed[later] = 1.0 - changed[later]
     encoding = TargetEncoding.fit(rows, SPEC)
     other = replace(TargetEncoding.fit(replace(rows, label=changed), SPEC), prior=encoding.prior)
-    here = encoding.transform_in_time(rows, 0)
-    there = other.transform_in_time(replace(rows, label=changed), 0)
+    here = in_time(encoding, rows, 0)
+    there = in_time(other, replace(rows, label=changed), 0)
     now = rows.event_time <= cut
     np.testing.assert_array_equal(here[now], there[now])
     assert not np.array_equal(here, there)
@@ -109,12 +131,10 @@ def test_training_rows_do_not_depend_on_labels_of_their_own_or_later() -> None:
 
 def test_order_of_the_rows_does_not_matter() -> None:
     rows = rows_of(SPEC, 500, 1)
-    order = np.random.default_rng(0).permutation(500)
-    encoding = TargetEncoding.fit(rows, SPEC)
-    shuffled = TargetEncoding.fit(rows.take(order), SPEC)
-    np.testing.assert_allclose(
-        encoding.transform_in_time(rows, 9)[order], shuffled.transform_in_time(rows.take(order), 9), rtol=1e-6
-    )
+    shuffled = rows.take(np.random.default_rng(0).permutation(500))
+    config = TeacherConfig(rounds=3)
+    one, two = (GbdtModel.fit(given, SPEC, config, label_delay=9) for given in (rows, shuffled))
+    assert one.to_files() == two.to_files()
 
 
 def test_full_statistics_are_the_smoothed_rate_of_all_rows() -> None:
@@ -151,8 +171,7 @@ def test_sequence_is_the_mean_over_its_values_and_zero_when_empty() -> None:
     pair[:, 0], pair[0, 1], pair[1, 1] = rows.buckets[120, 0], rows.buckets[120, 1], rows.buckets[120, 2]
     assert rate[120] == pytest.approx(encoding.transform(pair)[:, 1].mean(), rel=1e-5)
     assert (alone > 0.0).all()
-    in_time = encoding.transform_in_time(rows, 0)
-    np.testing.assert_array_equal(in_time[:50, 1], 0.0)
+    np.testing.assert_array_equal(in_time(encoding, rows, 0)[:50, 1], 0.0)
 
 
 def test_trees_find_the_signal() -> None:
