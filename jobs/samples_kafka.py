@@ -20,7 +20,7 @@ from jobs.kafka_offsets import micro_batch_offsets, starting_offsets
 from jobs.topics import answers
 from pipelines.config import resolve_secret
 from pipelines.config_sections import KafkaConfig
-from pipelines.errors import ConfigError, CtrstreamError, DataError, TransientError
+from pipelines.errors import ConfigError, CtrstreamError, DataError, SetupError, TransientError
 from pipelines.events import TOPICS
 from pipelines.lake import checkpoint_folder, committed_batches, ddl
 from pipelines.lake_rows import LAKE_SCHEMA, kafka_rows
@@ -164,8 +164,10 @@ def _topics(kafka: KafkaConfig) -> dict[str, int]:
 
 
 def _kafka_stream(spark: SparkSession, kafka: KafkaConfig, begin: str) -> DataFrame:
+    from pyspark.errors import AnalysisException
+
     topics = _topics(kafka)
-    source = (
+    messages = (
         spark.readStream.format("kafka")
         .option("kafka.bootstrap.servers", kafka.bootstrap_servers)
         .option("subscribe", ",".join(topics))
@@ -173,9 +175,15 @@ def _kafka_stream(spark: SparkSession, kafka: KafkaConfig, begin: str) -> DataFr
         # Offsets that the broker has dropped are a loss to be told, never to be skipped.
         .option("failOnDataLoss", "true")
         .options(**spark_kafka_options(kafka.options))
-        .load()
-        .selectExpr("topic", "partition", "offset", "unix_millis(timestamp) AS timestamp", "value")
     )
+    try:
+        loaded = messages.load()
+    except AnalysisException as error:
+        raise SetupError(
+            f"Spark has no Kafka connector: {str(error).splitlines()[0]}",
+            hint="spark-submit --jars $(ctrstream spark-entry --jars) ...",
+        ) from error
+    source = loaded.selectExpr("topic", "partition", "offset", "unix_millis(timestamp) AS timestamp", "value")
     return source.mapInArrow(partial(kafka_rows, topics=topics), ddl(LAKE_SCHEMA))
 
 
