@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.snapshot_base import Base, open_base
 from jobs.snapshot_changes import write_changes
-from jobs.snapshot_delays import fitted_delays
+from jobs.snapshot_delays import DelaySources, fitted_delays
 from jobs.snapshot_write import Describer, RowWriter, Workplace, workplace
 from pipelines.codec import with_features_from_json
 from pipelines.config import Config
@@ -196,9 +196,8 @@ def _make(
     if former is None and events["impression"]["used"] == 0:
         raise _no_impressions(job.window, events)
     used = spec if spec is not None else _infer(job)
-    delays = fitted_delays(
-        job.spark, job.read("facts"), job.events, job.window, job.config, used, former, job.folder
-    )
+    sources = DelaySources(job.spark, job.events, job.read("facts"), losers, job.place.scratch)
+    delays = fitted_delays(sources, job.window, job.config, used, former, job.folder)
     rows = RowWriter(job.spark, job.place, job.window).write(
         join_samples(
             job.events,

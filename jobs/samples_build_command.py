@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from jobs.options import as_of_option, bootstrap_option, config_options
-from jobs.spark_options import lake_option, location_option, spark_for, spark_options
+from jobs.spark_options import (
+    is_long_running,
+    lake_option,
+    location_option,
+    spark_for,
+    spark_options,
+)
 
 if TYPE_CHECKING:
     from pipelines.config import Config
@@ -82,7 +88,7 @@ def build_command(
 
     from jobs.samples_build import build
 
-    with spark_for("build", master, spark_conf) as spark:
+    with spark_for("build", master, spark_conf, long_running=is_long_running(lake)) as spark:
         snapshot = build(spark, lake, out, as_of, window, config, spec)
     click.echo(snapshot)
 

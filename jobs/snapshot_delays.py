@@ -13,7 +13,9 @@ import pyarrow.parquet as pq
 from jobs.snapshot_base import Base
 from pipelines.config import Config, Task
 from pipelines.delay import DelayCurve, DelayGrid
-from pipelines.delay_model import DelayModel
+from pipelines.delay_cells import delay_outcomes, delay_sample
+from pipelines.delay_model import DelayModel, from_files, to_files
+from pipelines.delay_rows import DelayRows
 from pipelines.feature_spec import FeatureSpec
 from pipelines.sample_window import SampleWindow
 from pipelines.snapshot import DELAYS_NAME
@@ -22,7 +24,7 @@ from pipelines.storage import Folder, open_folder
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame, SparkSession
 
-__all__ = ["SnapshotDelays", "fitted_delays"]
+__all__ = ["DelaySources", "SnapshotDelays", "fitted_delays"]
 
 _CELLS = pa.schema(
     [
@@ -37,37 +39,100 @@ _CELLS = pa.schema(
 
 @dataclass(frozen=True)
 class SnapshotDelays:
-    """Delay model of each task, its state for the manifest, and the files that belong to it."""
+    """Delay model of each task, the state of its common curve, and the files that it is kept in."""
 
     models: dict[Task, DelayModel]
     states: dict[Task, dict[str, Any]]
     files: list[str]
 
 
+@dataclass(frozen=True)
+class DelaySources:
+    """What delays are read from: facts and impressions of the partitions that are built."""
+
+    spark: SparkSession
+    events: DataFrame
+    facts: DataFrame
+    losers: DataFrame | None
+    scratch: Folder
+
+
 def fitted_delays(
-    spark: SparkSession,
-    facts: DataFrame,
-    events: DataFrame,
+    sources: DelaySources,
     window: SampleWindow,
     config: Config,
     spec: FeatureSpec,
     base: Base | None,
     folder: Folder,
 ) -> SnapshotDelays:
-    """Fit the delay curves on the outcomes of the partitions that are built and of those that are kept.
+    """Fit the delay models on the outcomes of the partitions that are built and of those that are kept.
 
-    Counts of a closed partition do not change any more: its windows have all been followed to their end.
+    Counts of a closed partition do not change any more: its windows have all been followed to their end. A
+    model of features (``delay.model`` of ``groups`` or ``hazard``) is fitted by a build; a relabelling goes
+    on with that of its base, since it does not look at the features of closed partitions again.
     """
     rule = config.attribution
     grids = {task: DelayGrid(rule.width(task) + rule.allowed_lateness) for task in window.tasks}
-    cells = outcome_delays(facts, window, grids).toArrow().cast(_CELLS)
+    cells = outcome_delays(sources.facts, window, grids).toArrow().cast(_CELLS)
     if base is not None:
-        cells = pa.concat_tables([_kept_cells(spark, base, window), cells])
+        cells = pa.concat_tables([_kept_cells(sources.spark, base, window), cells])
     keys = [(name, "ascending") for name in _CELLS.names[:-1]]
     cells = cells.sort_by(keys)
     folder.write(DELAYS_NAME, _as_parquet(cells))
-    models: dict[Task, DelayModel] = {task: _curve(cells, task, grid) for task, grid in grids.items()}
-    return SnapshotDelays(models, {task: model.state() for task, model in models.items()}, [DELAYS_NAME])
+    curves = {task: _curve(cells, task, grid) for task, grid in grids.items()}
+    models, files = dict[Task, DelayModel](curves), [DELAYS_NAME]
+    if config.delay.model != "curve":
+        if base is None:
+            models = _featured(sources, window, config, spec, curves, grids)
+        else:
+            models = _of_base(sources.spark, base, window)
+        files += _kept_in(folder, models)
+    return SnapshotDelays(models, {task: curve.state() for task, curve in curves.items()}, files)
+
+
+def _featured(
+    sources: DelaySources,
+    window: SampleWindow,
+    config: Config,
+    spec: FeatureSpec,
+    curves: Mapping[Task, DelayCurve],
+    grids: Mapping[Task, DelayGrid],
+) -> dict[Task, DelayModel]:
+    """Models of features, fitted on a bounded sample of the outcomes of closed windows."""
+    from models.delay_fit import fit_delay_model
+
+    place = f"{sources.scratch.location}/outcomes"
+    delay_outcomes(sources.events, sources.facts, window, sources.losers).write.parquet(place)
+    outcomes, groups = sources.spark.read.parquet(place), config.delay.groups
+    models: dict[Task, DelayModel] = {}
+    for task, grid in grids.items():
+        table = delay_sample(outcomes, window.as_of, task, grid.horizon).toArrow()
+        rows = DelayRows.from_table(table, spec, groups)
+        models[task], _ = fit_delay_model(rows, spec, curves[task], grid.horizon, config.delay.model, groups)
+    return models
+
+
+def _kept_in(folder: Folder, models: Mapping[Task, DelayModel]) -> list[str]:
+    names = []
+    for task, model in models.items():
+        for name, content in to_files(model).items():
+            folder.write(f"{task}-{name}", content)
+            names.append(f"{task}-{name}")
+    return names
+
+
+def _of_base(spark: SparkSession, base: Base, window: SampleWindow) -> dict[Task, DelayModel]:
+    folder = open_folder(base.location, spark)
+    return {
+        task: from_files(
+            {
+                name.removeprefix(f"{task}-"): folder.read(name)
+                for name in base.manifest.extra_files
+                if name.startswith(f"{task}-delay.")
+            }
+        )
+        for task in window.tasks
+    }
 
 
 def outcome_delays(facts: DataFrame, window: SampleWindow, grids: Mapping[Task, DelayGrid]) -> DataFrame:

@@ -44,7 +44,13 @@ __all__ = ["Describer", "RowWriter", "Workplace", "WrittenRows", "digests", "wor
 logger = logging.getLogger(__name__)
 
 _PREFIXES = ("data-", "diff-", "scratch-")
-_ROWS_PER_FILE = 2_000_000
+_FILE_OPTIONS = {
+    "maxRecordsPerFile": "2000000",
+    # Names that never repeat: a dictionary of them is built only to be thrown away.
+    "parquet.enable.dictionary#sample_id": "false",
+    "parquet.enable.dictionary#impression_id": "false",
+    "parquet.compression.codec.zstd.level": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -185,7 +191,7 @@ class RowWriter:
             .drop(*({"hour"} - set(keys)))
             .sortWithinPartitions("event_time", "sample_id")
             .write.partitionBy(*keys)
-            .option("maxRecordsPerFile", _ROWS_PER_FILE)
+            .options(**_FILE_OPTIONS)
             .parquet(self.place.data.location)
         )
         return WrittenRows(

@@ -120,8 +120,9 @@ def _delay_keys(
     """Hashes of the fields that each task's delay model looks at."""
     fields = {task: window.delay.fields for task, window in encoding.tasks.items()}
     nothing = np.zeros((len(encoded), 0), np.int64)
+    plain = FeatureSpec(hash_seed=encoding.spec.hash_seed)
     return {
-        task: encode(impressions, FeatureSpec(), names).segment_key if names else nothing
+        task: encode(impressions, plain, names).segment_key if names else nothing
         for task, names in fields.items()
     }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
@@ -19,9 +20,10 @@ from jobs.samples_relabel import publish_changes, relabel
 from pipelines.attribution import Row, labels_as_of
 from pipelines.config import with_values
 from pipelines.config_sections import KafkaConfig, TopicsConfig
+from pipelines.delay_model import from_files
 from pipelines.duration import DAY_MS, HOUR_MS
 from pipelines.errors import ConfigError, DataError
-from pipelines.snapshot import read_manifest, read_rows
+from pipelines.snapshot import read_manifest, read_rows, read_snapshot
 from pipelines.snapshot_check import check_snapshot
 from pipelines.snapshot_manifest import SnapshotManifest
 from tests.test_samples_build import CONFIG, RULE, SPEC, START, events_of, random_events, write_log
@@ -224,3 +226,27 @@ def test_hourly_partitions_and_copies_keep_the_totals(
     assert manifest.tasks["click"].positives == sum(true)
     assert manifest.tasks["click"].label_rate == pytest.approx(sum(true) / len(true), rel=0.25)
     assert check_snapshot(Path(made)) == []
+
+
+def test_a_delay_model_of_features_is_fitted_by_a_build_and_kept_by_a_relabelling(
+    spark: SparkSession, labelled: Labelled, tmp_path: Path
+) -> None:
+    config = with_values(CONFIG, "delay", {"model": "hazard", "groups": ["campaign_id"]})
+    base = build(spark, labelled.lake, tmp_path, FIRST, WINDOW, config, SPEC)
+    later = relabel(spark, labelled.lake, base, SECOND)
+    manifests = read_manifest(base), read_manifest(later)
+    for task in ("click", "conversion"):
+        first, second = ({n: f for n, f in m.extra_files.items() if n.startswith(task)} for m in manifests)
+        assert first == second
+        model = from_files(
+            {name.removeprefix(f"{task}-"): (Path(base) / name).read_bytes() for name in first}
+        )
+        rows = read_snapshot(base, task)
+        young = np.flatnonzero(~rows.mature)
+        age = (FIRST - rows.event_time)[young]
+        # The segments of the configuration are the fields of the model.
+        keys = rows.segment_key[young] if model.fields else np.zeros((len(young), 0), np.int64)
+        share = model.observed_share(age, rows.buckets[young], rows.numbers[young], keys)
+        np.testing.assert_allclose(rows.observed_share[young], share, atol=1e-6)
+        assert (rows.observed_share[rows.mature] == 1).all()
+    assert check_snapshot(Path(later)) == []
