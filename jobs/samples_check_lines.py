@@ -96,7 +96,7 @@ def _together(calm: list[Finding], check: str) -> tuple[Finding, str, str]:
         return most, check, ", ".join(dict.fromkeys(finding.subject for finding in calm))
     if most.verdict == "told":
         tasks = dict.fromkeys(finding.subject.split(" ")[0] for finding in calm)
-        return most, check, f"{', '.join(tasks)} ({len(calm)} columns)"
+        return most, check, f"{', '.join(tasks)} ({len(calm)} column{'s' if len(calm) > 1 else ''})"
     return most, check, most.subject if len(calm) == 1 else f"{most.subject}, most of {len(calm)}"
 
 

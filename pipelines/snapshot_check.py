@@ -41,6 +41,7 @@ __all__ = ["SnapshotScan", "check_snapshot", "repeated_finding", "scan_snapshot"
 
 # Files hashed at once: hashing runs outside Python's lock.
 _READERS = 4
+_NAMED = 20
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _file_findings(location: str | Path, manifest: SnapshotManifest) -> tuple[li
     with ThreadPoolExecutor(_READERS) as pool:
         messages = dict(zip(expected, pool.map(told, expected), strict=True))
     wrong = {place: message for place, message in messages.items() if message is not None}
-    note = " ".join(list(wrong.values())[:3]) if wrong else f"of {len(expected):,} files"
+    note = " ".join(list(wrong.values())[:_NAMED]) if wrong else f"of {len(expected):,} files"
     check = "files missing or altered"
     return [at_most("files", check, "all tasks", len(wrong), 0, "count", note)], set(wrong)
 
@@ -210,9 +211,9 @@ def _kind_findings(manifest: SnapshotManifest, rules: dict[Task, RowRules]) -> l
     for task, summary in manifest.tasks.items():
         found = {kind: count for kind, count in rules[task].kinds.items() if count}
         told = {kind: count for kind, count in summary.kinds.items() if count}
-        others = sum(count for kind, count in found.items() if kind != "first")
-        note = "" if found == told else f"{told} in the manifest, {found} found"
+        note = "" if found == told or not found else f"{told} in the manifest, {found} found"
         check = "kinds of rows not as in the manifest"
-        wrong = others + sum(abs(found.get(kind, 0) - told.get(kind, 0)) for kind in {*found, *told})
-        findings.append(at_most("rows", check, task, wrong, 0, "count", note))
+        others = sum(count for kind, count in found.items() if kind != "first")
+        excess = sum(max(0, count - told.get(kind, 0)) for kind, count in found.items())
+        findings.append(at_most("rows", check, task, max(others, excess), 0, "count", note))
     return findings

@@ -162,10 +162,10 @@ def _summary(
         positives=sum(row["label"] for row in once),
         naive_positives=sum(row["label"] for row in naive),
         mature_positives=sum(row["label"] for row in once if row["mature"]),
-        weight=sum(row["weight"] for row in rows),
-        positive_weight=sum(row["weight"] * row["label"] for row in rows),
-        mature_weight=sum(row["weight"] for row in mature),
-        mature_positive_weight=sum(row["weight"] * row["label"] for row in mature),
+        weight=sum(map(_weight, rows)),
+        positive_weight=sum(_weight(row) * row["label"] for row in rows),
+        mature_weight=sum(map(_weight, mature)),
+        mature_positive_weight=sum(_weight(row) * row["label"] for row in mature),
         oldest=min(row["event_time"] for row in rows),
         content_digest=content_digest([file.sha256 for _, file in sorted(files.items())]),
         files=files,
@@ -173,7 +173,7 @@ def _summary(
 
 
 def _total(rows: Sequence[Row], parts: Sequence[PartitionSummary]) -> TaskSummary:
-    weight = sum(row["weight"] for row in rows)
+    weight = sum(map(_weight, rows))
     return TaskSummary(
         rows=len(rows),
         positives=sum(part.positives for part in parts),
@@ -186,6 +186,11 @@ def _total(rows: Sequence[Row], parts: Sequence[PartitionSummary]) -> TaskSummar
         delay_curve={},
         largest_follow_up=DAY_MS,
     )
+
+
+def _weight(row: Row) -> float:
+    """As it is stored."""
+    return float(np.float32(row["weight"]))
 
 
 def hour_of(time: int) -> int:
