@@ -8,6 +8,9 @@ Each way runs in a process of its own over the same Parquet files: 24 buckets, 8
 of a training set, 16 files with row groups of 131,072 rows. Measured is one pass: rows a second of wall time
 and of processor time, and how much the resident set grew from just after the imports to its peak. Every way
 gives all columns of each batch as arrays; a sum over two of them shows that the rows are the same.
+
+``--train`` measures training instead: an epoch of the network, and the trees with one round, on rows in files
+and on the same rows loaded first.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from pipelines.feature_spec import Categorical, FeatureSpec, Numeric
 from pipelines.sample_stream import DataFile, SampleStream, to_training_set
 from pipelines.stream_columns import TRAINING_COLUMNS
-from pipelines.training_set import TrainingSet
+from pipelines.streamed_rows import StreamedRows
+from pipelines.training_set import TrainingRows, TrainingSet
 
 __all__ = ["main"]
 
@@ -199,18 +204,65 @@ WAYS: dict[str, Callable[[list[Path], int], Iterable[Any]]] = {
 }
 
 
+def _train_network(rows: TrainingRows) -> None:
+    from models.student import Student
+    from pipelines.config_sections import StudentConfig
+
+    Student.create(_spec(), StudentConfig(batch_rows=1024)).fit(rows, epochs=1)
+
+
+def _train_trees(rows: TrainingRows) -> None:
+    from models.gbdt import GbdtModel
+    from pipelines.config_sections import TeacherConfig
+
+    GbdtModel.fit(rows, _spec(), TeacherConfig(rounds=1), label_delay=30 * 60_000)
+
+
+def _spec() -> FeatureSpec:
+    return FeatureSpec(
+        categorical=tuple(Categorical(name=f"c{n}", buckets=100_000) for n in range(_WIDTHS["buckets"])),
+        numeric=tuple(
+            Numeric(name=f"n{n}", low=-9, high=9, mean=0, std=1) for n in range(_WIDTHS["numbers"])
+        ),
+    )
+
+
+def _streamed(paths: list[Path], train: Callable[[TrainingRows], None]) -> int:
+    rows = StreamedRows(_stream(paths).in_time_order())
+    train(rows)
+    return len(rows)
+
+
+def _loaded(paths: list[Path], train: Callable[[TrainingRows], None]) -> int:
+    rows = TrainingSet(**_as_arrays(pq.read_table(paths, columns=_NAMES)))
+    train(rows)
+    return len(rows)
+
+
+TRAINING: dict[str, Callable[[list[Path]], int]] = {
+    "network_from_files": lambda paths: _streamed(paths, _train_network),
+    "network_loaded": lambda paths: _loaded(paths, _train_network),
+    "trees_from_files": lambda paths: _streamed(paths, _train_trees),
+    "trees_loaded": lambda paths: _loaded(paths, _train_trees),
+}
+
+
 def measured(way: str, paths: list[Path], rows: int) -> dict[str, float]:
     """One pass: ``rows, sum, wall`` and ``cpu`` (seconds), ``grown`` (MiB)."""
-    if way.startswith("torch"):
+    if way.startswith(("torch", "network")):
         import torch
 
         torch.set_num_threads(1)
     before, began, cpu = _memory("VmRSS"), time.perf_counter(), time.process_time()
     count, total = 0, 0.0
-    for batch in WAYS[way](paths, rows):
-        arrays = batch if isinstance(batch, dict) else vars(batch)
-        count += len(arrays["label"])
-        total += float(arrays["label"].sum(dtype=np.float64) + arrays["buckets"][:, -1].sum(dtype=np.int64))
+    if way in TRAINING:
+        count = TRAINING[way](paths)
+    else:
+        for batch in WAYS[way](paths, rows):
+            arrays = batch if isinstance(batch, dict) else vars(batch)
+            label, last = arrays["label"], arrays["buckets"][:, -1]
+            count += len(label)
+            total += float(label.sum(dtype=np.float64) + last.sum(dtype=np.int64))
     return {
         "rows": count,
         "sum": total,
@@ -234,7 +286,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8_000_000)
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--repeat", type=int, default=3, help="passes of each way; the quickest counts")
-    parser.add_argument("--way", choices=WAYS, help="run one way in this process, and print JSON")
+    parser.add_argument("--train", action="store_true", help="measure training")
+    parser.add_argument("--way", choices=[*WAYS, *TRAINING], help="run one way in this process, print JSON")
     given = parser.parse_args()
     folder = Path(tempfile.gettempdir()) / f"ctrstream-bench-samples-{given.rows}"
     paths = [folder / f"{day:02d}.parquet" for day in range(_FILES)]
@@ -244,20 +297,18 @@ def main() -> None:
     write_files(folder, given.rows)
     size = sum(path.stat().st_size for path in paths)
     print(f"{given.rows:,} rows, {size / 1e6:,.0f} MB of Parquet, batches of {given.batch}")
-    found = {way: _quickest(way, given) for way in WAYS}
+    found = {way: _quickest(way, given) for way in (TRAINING if given.train else WAYS)}
     expected = {(part["rows"], part["sum"]) for part in found.values()}
     if len(expected) != 1:
         raise SystemExit(f"the ways do not agree on the rows: {expected}")
-    print(
-        f"{'':<22} {'rows/s':>12} {'ours / it':>10} {'rows/cpu s':>12} {'memory MiB':>11} {'it / ours':>10}"
-    )
-    base = found["ours"]
+    base = next(iter(found.values()))
+    heads = ("rows/s", "first / it", "rows/cpu s", "first / it", "memory MiB", "it / first")
+    print(f"{'':<22}" + "".join(f"{head:>13}" for head in heads))
     for way, part in found.items():
-        speed, work, grown = part["rows"] / part["wall"], part["rows"] / part["cpu"], part["grown"]
-        print(
-            f"{way:<22} {speed:>12,.0f} {part['wall'] / base['wall']:>10.2f} {work:>12,.0f} "
-            f"{grown:>11,.0f} {grown / base['grown']:>10.2f}"
-        )
+        figures = [
+            f"{part['rows'] / part[name]:>13,.0f}{part[name] / base[name]:>13.2f}" for name in ("wall", "cpu")
+        ]
+        print(f"{way:<22}{''.join(figures)}{part['grown']:>13,.0f}{part['grown'] / base['grown']:>13.2f}")
 
 
 def _quickest(way: str, given: argparse.Namespace) -> dict[str, float]:

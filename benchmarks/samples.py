@@ -115,7 +115,8 @@ def compare(millions: float, work: Path, threads: int) -> dict[str, Measured]:
     last = START + _DAYS * DAY_MS
     duckdb = [
         sys.executable, "-m", "benchmarks.samples_duckdb", str(lake), str(work / "duckdb"),
-        "--as-of", str(last), "--since", str(START), "--attribution-window", str(DAY_MS), "--threads", str(threads),
+        "--as-of", str(last), "--since", str(START), "--attribution-window", str(DAY_MS),
+        "--threads", str(threads),
     ]  # fmt: skip
     runs = {"duckdb": measure(duckdb)}
 

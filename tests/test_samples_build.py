@@ -324,22 +324,28 @@ def test_negative_rate_and_window_out_of_range_are_refused(spark: SparkSession, 
 KILLED_BUILD = """
 import os, signal, sys
 from pathlib import Path
-import jobs.samples_build as job
+from jobs.samples_build import build
+from jobs.snapshot_write import Describer, RowWriter, Workplace
 from pipelines.feature_spec import FeatureSpec
 from pipelines.config import load_config
 from pipelines.spark_session import spark_session
 
-from jobs.snapshot_write import Workplace
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
 
-Workplace.publish = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-lake, out, as_of, window, spec, config = sys.argv[1:]
+point, lake, out, as_of, window, spec, config = sys.argv[1:]
+if point == "rows":
+    Describer.partitions = die
+elif point == "facts":
+    RowWriter.write = die
+else:
+    Workplace.publish = die
 spark = spark_session("killed", master="local[1]")
-job.build(spark, Path(lake), Path(out), int(as_of), int(window), load_config(Path(config)),
-          FeatureSpec.read(Path(spec)))
+build(spark, lake, out, int(as_of), int(window), load_config(Path(config)), FeatureSpec.read(Path(spec)))
 """
 
 
-def test_build_killed_before_the_manifest_leaves_nothing_visible_and_the_next_one_succeeds(
+def test_build_killed_at_any_point_leaves_nothing_visible_and_the_next_one_succeeds(
     spark: SparkSession, lake: Path, snapshot: Path, tmp_path: Path
 ) -> None:
     from pipelines.config import dump_config
@@ -348,22 +354,30 @@ def test_build_killed_before_the_manifest_leaves_nothing_visible_and_the_next_on
     (tmp_path / "config.toml").write_text(dump_config(CONFIG))
     out = tmp_path / "snapshots"
     arguments = [lake, out, AS_OF, 2 * DAY_MS, tmp_path / "spec.toml", tmp_path / "config.toml"]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_BUILD, *map(str, arguments)],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        check=False,
-        env={**os.environ, "SPARK_LOCAL_IP": "127.0.0.1"},
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
-    (left,) = out.iterdir()
-    assert any(path.name.startswith("data-") for path in left.iterdir())
-    with pytest.raises(DataError, match="a build was cut off"):
-        read_manifest(left)
+    for point, left_behind in (("facts", "scratch-"), ("rows", "data-"), ("manifest", "data-")):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED_BUILD, point, *map(str, arguments)],
+            cwd=Path(__file__).parent.parent,
+            capture_output=True,
+            check=False,
+            env={**os.environ, "SPARK_LOCAL_IP": "127.0.0.1"},
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+        (left,) = out.iterdir()
+        # What the one before has left is swept by the next; what this one has left is no snapshot.
+        folders = {path.name.rsplit(".", 2)[1] for path in left.iterdir() if path.is_dir()}
+        assert len(folders) == 1
+        assert any(path.name.startswith(left_behind) for path in left.iterdir())
+        with pytest.raises(DataError, match="a build was cut off"):
+            read_manifest(left)
     again = made(spark, lake, out, AS_OF, 2 * DAY_MS, CONFIG, SPEC)
     assert [path.name for path in out.iterdir()] == [again.name] == [snapshot.name]
     assert len([path for path in again.iterdir() if path.name.startswith(("data-", "scratch-"))]) == 1
     assert check_snapshot(again) == []
+    first, second = read_manifest(snapshot), read_manifest(again)
+    assert [part.content_digest for part in first.partitions] == [
+        part.content_digest for part in second.partitions
+    ]
 
 
 def test_check_command_tells_sound_from_altered(snapshot: Path, tmp_path: Path) -> None:
