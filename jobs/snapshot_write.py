@@ -6,6 +6,7 @@ so the same holds on POSIX, HDFS and object stores: what the manifest names is t
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -74,8 +75,6 @@ class Workplace:
 
     def describe_extra(self, names: list[str], spark: SparkSession) -> dict[str, SnapshotFile]:
         """Size and digest of files that are no data, label differences among them."""
-        import hashlib
-
         found = {}
         for name in names:
             content = self.folder.read(name)

@@ -27,7 +27,7 @@ CLICKS, DAYS = 40_000, 20
 
 def share_seen(elapsed: NDArray[np.int64]) -> NDArray[np.float64]:
     """F: of the outcomes in the window those that come within an age."""
-    return (1.0 - np.exp(-elapsed / DELAY)) / (1.0 - np.exp(-WIDTH / DELAY))
+    return np.asarray((1.0 - np.exp(-elapsed / DELAY)) / (1.0 - np.exp(-WIDTH / DELAY)))
 
 
 class Learner:
@@ -79,18 +79,24 @@ def stream(seed: int) -> tuple[Arrivals, Outcomes, Outcomes]:
     return Arrivals(names, time, time, {}), outcomes(everyone, time, CLICK, 1.0), bought
 
 
+def half_hour(arrival: NDArray[np.int64], clock: int) -> tuple[int, int]:
+    """First and last of what arrived in the half hour up to a moment."""
+    first, last = np.searchsorted(arrival, [clock - 30 * MINUTE_MS, clock], side="right")
+    return int(first), int(last)
+
+
 @pytest.mark.parametrize("policy", get_args(Policy))
 def test_each_policy_learns_the_true_probability_from_its_own_rows(policy: str) -> None:
     arrivals, clicks, conversions = stream(seed=3)
     joiner, learner = Joiner(RULE, policy), Learner(policy)
     found = []
     for clock in range(30 * MINUTE_MS, DAYS * DAY_MS, 30 * MINUTE_MS):
-        parts = []
-        for events in (arrivals, clicks, conversions):
-            stop = int(np.searchsorted(events.arrival_time, clock, side="right"))
-            start = int(np.searchsorted(events.arrival_time, clock - 30 * MINUTE_MS, side="right"))
-            parts.append(events.slice(start, stop))
-        joined = joiner.process(parts[0], parts[1], parts[2], clock)
+        joined = joiner.process(
+            arrivals.slice(*half_hour(arrivals.arrival_time, clock)),
+            clicks.slice(*half_hour(clicks.arrival_time, clock)),
+            conversions.slice(*half_hour(conversions.arrival_time, clock)),
+            clock,
+        )
         learner.learn(joined.examples[CONVERSION_TASK])
         joiner.release(joined)
         if clock > (DAYS / 2) * DAY_MS:

@@ -124,7 +124,7 @@ def test_label_changes_are_those_between_the_two_moments(labelled: Labelled, spa
         }
         assert told == changed
         assert {row["sample_id"] for row in own if row["label_before"] is None} == late
-        counts = manifest.changes[task]  # type: ignore[index]
+        counts = manifest.changes[task]
         assert counts.late == len(late)
         assert counts.raised == sum(old == 0 < new for old, new, _ in changed.values())
         assert counts.lowered == sum(old > 0 == new for old, new, _ in changed.values())
