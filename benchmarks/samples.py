@@ -5,10 +5,11 @@
     make bench-samples ARGS='--millions 1 3 10'
 
 For each size: a lake of 30 days (clicks 30 %, conversions 5 % of the impressions), then in processes of
-their own, one after the other: DuckDB; `samples build` as of the last day; `samples build` as of the day
-before, and from that `samples relabel`, with an attribution window of a day, so that two days are open. Both
-sides must find the same rows and positives. Printed are wall-clock seconds, seconds of processor time, peak
-memory of all processes together, and ratios.
+their own, one after the other: DuckDB's join; the same join by Spark, which a build begins with
+(`benchmarks.samples_join`); `samples build` as of the last day, which encodes, sorts, counts and describes as
+well; `samples build` as of the day before, and from that `samples relabel`. With an attribution window of
+twelve hours two of the 30 days are built again. All must find the same rows and positives. Printed are
+wall-clock seconds, seconds of processor time, peak memory of all processes together, and ratios.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from pipelines.snapshot import read_manifest
 __all__ = ["main"]
 
 _DAYS = 30
+_WINDOW_MS = DAY_MS // 2
 _INTERVAL_S = 0.1
 
 
@@ -99,7 +101,7 @@ def lake_of(millions: float) -> Path:
 
 def samples(*arguments: str, threads: int) -> list[str]:
     """A samples command on this machine's cores."""
-    master = ["--master", f"local[{threads}]", "--set", "attribution.attribution_window=1d"]
+    master = ["--master", f"local[{threads}]", "--set", f"attribution.attribution_window={_WINDOW_MS}ms"]
     return [sys.executable, "-m", "jobs.cli", "samples", *arguments, *master]
 
 
@@ -113,12 +115,13 @@ def compare(millions: float, work: Path, threads: int) -> dict[str, Measured]:
     """All runs at one size, checked against each other."""
     lake = lake_of(millions)
     last = START + _DAYS * DAY_MS
-    duckdb = [
-        sys.executable, "-m", "benchmarks.samples_duckdb", str(lake), str(work / "duckdb"),
-        "--as-of", str(last), "--since", str(START), "--attribution-window", str(DAY_MS),
-        "--threads", str(threads),
-    ]  # fmt: skip
-    runs = {"duckdb": measure(duckdb)}
+
+    def join(name: str) -> Measured:
+        command = [sys.executable, "-m", f"benchmarks.samples_{name}", str(lake), str(work / name)]
+        command += ["--as-of", str(last), "--since", str(START), "--threads", str(threads)]
+        return measure([*command, "--attribution-window", str(_WINDOW_MS)])
+
+    runs = {name: join(name) for name in ("duckdb", "join")}
 
     def build(out: str, day: int, days: int) -> Measured:
         moment = f"2026-01-{day:02d}T00:00:00Z" if day <= 31 else "2026-02-01T00:00:00Z"
@@ -133,9 +136,10 @@ def compare(millions: float, work: Path, threads: int) -> dict[str, Measured]:
     runs["relabel"] = measure(samples("relabel", *relabel, "--window", f"{_DAYS}d", threads=threads))
     found = counts_of(runs["build"].output.strip())
     expected = json.loads(runs["duckdb"].output)
+    joined = json.loads(runs["join"].output)
     again = counts_of(runs["relabel"].output.strip())
-    if not found == expected == again:
-        raise SystemExit(f"the runs disagree: DuckDB {expected}, build {found}, relabel {again}")
+    if not found == expected == again == joined:
+        raise SystemExit(f"they disagree: DuckDB {expected}, join {joined}, build {found}, relabel {again}")
     return runs
 
 
@@ -160,22 +164,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     print(f"{options.threads} threads; wall-clock s (processor s, peak MB)")
-    print(
-        f"{'millions':>9}{'DuckDB':>24}{'build':>24}{'relabel':>24}{'build/DuckDB':>14}{'relabel/build':>15}"
-    )
+    names, ratios = ("DuckDB", "join", "build", "relabel"), ("join/DuckDB", "build/DuckDB", "relabel/build")
+    print(f"{'millions':>9}{''.join(f'{name:>21}' for name in names)}{''.join(f'{r:>14}' for r in ratios)}")
     totals: list[tuple[float, float]] = []
     for millions in options.millions:
         with tempfile.TemporaryDirectory(prefix="ctrstream-bench-") as work:
             runs = compare(millions, Path(work), options.threads)
         cells = "".join(
-            f"{f'{run.seconds:.1f} ({run.cpu_seconds:.0f}, {run.peak_mb:.0f})':>24}" for run in runs.values()
+            f"{f'{run.seconds:.1f} ({run.cpu_seconds:.0f}, {run.peak_mb:.0f})':>21}" for run in runs.values()
         )
-        build = runs["build"].seconds
-        print(
-            f"{millions:>9g}{cells}{build / runs['duckdb'].seconds:>14.2f}"
-            f"{runs['relabel'].seconds / build:>15.2f}",
-            flush=True,
-        )
+        seconds = {name: run.seconds for name, run in runs.items()}
+        build = seconds["build"]
+        shares = (seconds["join"] / seconds["duckdb"], build / seconds["duckdb"], seconds["relabel"] / build)
+        print(f"{millions:>9g}{cells}{''.join(f'{share:>14.2f}' for share in shares)}", flush=True)
         totals.append((millions, build))
     for (small, before), (large, after) in itertools.pairwise(totals):
         power = math.log(after / before) / math.log(large / small)

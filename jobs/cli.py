@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "broker": ("jobs.broker_command", "Run a real single-node Kafka for development: up, down, status."),
     "produce": ("jobs.produce", "Send an event log to the broker."),
     "features": ("jobs.features", "Propose a feature spec from an event log: infer."),
-    "samples": ("jobs.samples", "Build immutable sample snapshots with Spark: ingest, build, check."),
+    "samples": ("jobs.samples", "Sample snapshots by Spark: ingest, build, relabel, check, replay, show."),
     "spark-entry": ("jobs.spark_submit", "Print the file that spark-submit runs the commands with."),
     "train": ("jobs.train", "Train a teacher or a first student from a sample snapshot."),
     "stream": ("jobs.stream", "Update the student online from Kafka: predict, learn, calibrate, commit."),

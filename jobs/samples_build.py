@@ -232,7 +232,7 @@ def _make(
         positive_copies=job.config.samples.positive_copies,
         exploration_copies=job.config.samples.exploration_copies,
         feature_spec_digest=used.digest(),
-        feature_spec_inferred=spec is None,
+        feature_spec_inferred=spec is None if former is None else former.manifest.feature_spec_inferred,
         sample_columns={field.name: str(field.type) for field in SAMPLE_SCHEMA},
         segments=job.config.calibration.segments,
         config=job.config.model_dump(mode="json", exclude_none=True),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from jobs.options import UtcTime, bootstrap_option, config_options
-from jobs.spark_options import location_option, spark_for, spark_options
+from jobs.spark_options import are_files_many, location_option, spark_for, spark_options
 from pipelines.duration import format_duration, parse_duration
 from pipelines.errors import ConfigError
 
@@ -103,7 +103,9 @@ def command(
         from pipelines.adapters import load_adapter
 
         adapter = load_adapter(log_format, mapping, origin)
-    with spark_for("ingest", master, spark_conf, None if events else "spark-kafka") as spark:
+    jars = "spark-kafka" if events is None else None
+    long_running = events is not None and are_files_many(events, master)
+    with spark_for("ingest", master, spark_conf, jars, long_running=long_running) as spark:
         report = ingest(
             spark,
             lake,

@@ -95,6 +95,9 @@ def ingest_kafka(
         with _interrupts() as interrupted:
             while not query.awaitTermination(_POLL_S) and not interrupted.is_set():
                 pass
+        if every is None and interrupted.is_set():
+            # What was committed stays; but a scheduler must not take this for all that there was.
+            raise KeyboardInterrupt
     except StreamingQueryException as error:
         raise _explained(error, sink.failure, kafka) from error
     finally:

@@ -75,7 +75,8 @@ def open_base(
     DataError
         If it is no snapshot, or the lake is not the one that it was built from.
     """
-    manifest = read_manifest(location, open_folder(location, spark))
+    folder = open_folder(location, spark)
+    manifest = read_manifest(location, folder)
     if manifest.as_of > whole.as_of:
         raise ConfigError(
             f"{location} is labelled as of a later time than --as-of.", hint="start from an older snapshot"
@@ -110,7 +111,7 @@ def open_base(
     return Base(
         str(location),
         manifest,
-        read_spec(location),
+        read_spec(location, folder),
         kept,
         replace(whole, partitions=rest),
         len(held) - len(kept),

@@ -1,4 +1,4 @@
-"""How the labels of a relabelled snapshot differ from those of its base, and telling the worker."""
+"""How the labels of a relabelled snapshot differ from those of its base, as files and as messages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from functools import reduce
 from typing import TYPE_CHECKING
 
 from jobs.snapshot_base import Base
-from jobs.snapshot_write import Workplace
+from jobs.snapshot_write import Workplace, is_first_copy
 from pipelines.config import Task
 from pipelines.snapshot_manifest import LabelChanges, PartitionSummary
 
@@ -71,7 +71,7 @@ def _changes(
     # Windows that opened later are new rows, not changed ones.
     new = spark.read.parquet(
         *[f"{place.folder.location}/{name}" for part in own for name in part.files]
-    ).where((F.col("event_time") < base.manifest.as_of) & ~F.col("sample_id").contains("#"))
+    ).where((F.col("event_time") < base.manifest.as_of) & is_first_copy())
     old = spark.read.parquet(*earlier) if earlier else new.limit(0)
     old = old.select(*compared).toDF("sample_id", "label_before", "version_before")
     joined = new.join(old, "sample_id", "left")

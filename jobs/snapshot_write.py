@@ -1,7 +1,7 @@
 """Writing a snapshot: a workplace of its own, rows in partitions, a digest of every file, then the manifest.
 
-Data files are written under their final names in a folder that only this build knows. Nothing is renamed,
-so the same holds on POSIX, HDFS and object stores: what the manifest names is there, the rest is swept.
+Data files are written in a folder that only this build knows, and none is visible before the manifest names
+it. So the same holds on POSIX, HDFS and object stores: what the manifest names is there, the rest is swept.
 """
 
 from __future__ import annotations
@@ -38,18 +38,21 @@ from pipelines.snapshot_partitions import closes_after
 from pipelines.storage import Folder
 
 if TYPE_CHECKING:
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
 
-__all__ = ["Describer", "RowWriter", "Workplace", "WrittenRows", "digests", "workplace"]
+__all__ = ["Describer", "RowWriter", "Workplace", "WrittenRows", "digests", "is_first_copy", "workplace"]
 
 logger = logging.getLogger(__name__)
 
 _PREFIXES = ("data-", "diff-", "scratch-")
+_SELDOM_REPEATED = (
+    *("sample_id", "impression_id", "user_id", "event_time", "known_at", "outcome_known_at", "elapsed"),
+    *("observed_share", "user_key", "buckets.list.element", "numbers.list.element"),
+)
 _FILE_OPTIONS = {
     "maxRecordsPerFile": "2000000",
-    # Names that never repeat: a dictionary of them is built only to be thrown away.
-    "parquet.enable.dictionary#sample_id": "false",
-    "parquet.enable.dictionary#impression_id": "false",
+    # Values that seldom repeat: a dictionary of them is built only to be thrown away.
+    **{f"parquet.enable.dictionary#{name}": "false" for name in _SELDOM_REPEATED},
     "parquet.compression.codec.zstd.level": "1",
 }
 
@@ -176,7 +179,7 @@ class RowWriter:
         opened = [F.count(f"{task}_opened").alias(task) for task in tasks]
         encode = partial(sample_rows, encoding=encoding)
         # A row is asked for once, and counted once however many copies are written of it.
-        once = ~F.col("sample_id").contains("#")
+        once = is_first_copy()
         rows = samples.observe(asked, *opened).mapInArrow(encode, ddl(WRITTEN_SCHEMA))
         moment = F.timestamp_millis("event_time")
         placed = rows.select(
@@ -263,7 +266,7 @@ class Describer:
         width = self.window.grid.width
         label, weight = F.col("label").cast("double"), F.col("weight").cast("double")
         end = (F.floor(F.col("event_time") / width) + 1) * width
-        once = ~F.col("sample_id").contains("#")
+        once = is_first_copy()
         rows = self.spark.read.parquet(self.place.data.location)
         grouped = rows.groupBy("of_task", F.col("_metadata.file_path").alias("path")).agg(
             F.count(F.lit(1)).alias("rows"),
@@ -279,6 +282,13 @@ class Describer:
         )
         marker = f"/data-{self.place.token}/"
         return {row["path"].partition(marker)[2]: row.asDict() for row in grouped.collect()}
+
+
+def is_first_copy() -> Column:
+    """Whether a row is no further copy of another: their ids end in ``:TASK#1``, ``:TASK#2``, ..."""
+    from pyspark.sql import functions as F
+
+    return F.endswith(F.col("sample_id"), F.concat(F.lit(":"), F.col("task")))
 
 
 _SUMS = (

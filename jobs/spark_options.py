@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 from jobs.options import writable_folder
-from pipelines.errors import SetupError
 from pipelines.storage import is_uri
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
 
 __all__ = [
+    "LONG_RUNNING_BYTES",
     "LONG_RUNNING_ROWS",
+    "are_files_many",
     "is_long_running",
     "lake_option",
     "location_option",
@@ -28,6 +29,7 @@ __all__ = [
 
 # From here on Java's optimising compiler pays for itself within the job.
 LONG_RUNNING_ROWS = 2_000_000
+LONG_RUNNING_BYTES = 256 * 2**20
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -90,15 +92,26 @@ def lake_option(function: Callable[..., Any]) -> Callable[..., Any]:
     return location_option("--lake", "Folder of the lake.")(function)
 
 
-def is_long_running(lake: str) -> bool:
-    """Whether work on a whole lake takes minutes, by the rows that its manifests tell."""
+def is_long_running(lake: str, master: str) -> bool:
+    """Whether work of this process on a whole lake takes minutes, by the rows that its manifests tell.
+
+    A lake elsewhere is not a small one; to look at it would take credentials that only Spark may have.
+    """
     from pipelines.lake import lake_batches
 
-    try:
-        rows = sum(batch.total_rows for batch in lake_batches(lake))
-    except SetupError:  # a file system that only Spark knows: such a lake is not a small one
-        return True
-    return rows > LONG_RUNNING_ROWS
+    if not master.startswith("local"):
+        return False
+    return is_uri(lake) or sum(batch.total_rows for batch in lake_batches(lake)) > LONG_RUNNING_ROWS
+
+
+def are_files_many(folder: str, master: str) -> bool:
+    """Whether work of this process on all files of a folder takes minutes."""
+    if not master.startswith("local"):
+        return False
+    return (
+        is_uri(folder)
+        or sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) > LONG_RUNNING_BYTES
+    )
 
 
 @contextmanager

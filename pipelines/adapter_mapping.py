@@ -101,6 +101,12 @@ class ImpressionColumns(Section):
     exclude: tuple[str, ...] = ()
     time_format: TimeFormat | None = None
 
+    @model_validator(mode="after")
+    def _exclude_means_something(self) -> ImpressionColumns:
+        if self.exclude and self.features != REST:
+            raise ValueError('exclude takes columns from features = "rest"; a list names all that there are')
+        return self
+
 
 class OutcomeColumns(Section):
     """Columns of an impression's row that tell of its click, or of its conversion.
@@ -179,6 +185,8 @@ class WideMapping(_Mapping):
     def _outcomes_are_whole(self) -> WideMapping:
         if self.click is not None and (self.click.value or self.click.credit):
             raise ValueError("click.value and click.credit belong to the conversion")
+        if self.click is not None and "delay_from" in self.click.model_fields_set:
+            raise ValueError("click.delay_from says nothing: a click's delay is from the impression")
         conversion = self.conversion
         if conversion is not None and not (conversion.time or conversion.delay or conversion.assumed_delay):
             raise ValueError("conversion needs a time, a delay or an assumed_delay")

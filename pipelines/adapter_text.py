@@ -70,7 +70,7 @@ class TextLayout:
 def numbered_lines(spark: SparkSession, paths: Sequence[str]) -> DataFrame:
     """Lines of text files: columns ``source`` (file name), ``offset`` (line, counted from 0), ``payload``.
 
-    Lines without text are left out, but counted. A file may be compressed (.gz, .bz2, .zst).
+    Lines without text are left out, but counted. A file may be compressed (.gz, .bz2).
     """
     # Spark splits large files. A line's id is consecutive within the part of a file that one task reads, so
     # the number of lines before each part, which costs one cheap pass, gives every line its number.

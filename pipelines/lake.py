@@ -12,7 +12,7 @@
 A batch is what one run over event files took in, or one micro-batch from Kafka. It is never changed or
 added to: events that come late lie in older dates and hours of a batch of their own. The manifest names the
 attempt that counts, so that what a killed run left, or a second one wrote at the same time, is not seen.
-See docs/adr/0006-one-lake-layout.md. `pipelines.lake_write` writes batches, `read_lake` reads their union.
+See docs/samples.md. `pipelines.lake_write` writes batches, `read_lake` reads their union.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
         MANIFEST.json           counts, rates, settings, digests of every file; written last: the commit
         feature_spec.toml
         delays.parquet          counts of outcomes by delay, behind the delay curves
-        data-<build>/task=click/date=2026-01-11/slice=0/*.parquet
+        data-<build>/of_task=click/date=2026-01-11/slice=0/*.parquet
         diff-<build>/           label changes against the base, where there is one
 
 A relabelled snapshot has files of its own for partitions that were open, and refers to those of the others
@@ -207,10 +207,10 @@ def _opened(place: str) -> Any:
     return system.open_input_file(path)
 
 
-def read_spec(location: str | Path) -> FeatureSpec:
-    """The feature spec that a snapshot was encoded with."""
+def read_spec(location: str | Path, folder: Folder | None = None) -> FeatureSpec:
+    """The feature spec that a snapshot was encoded with; ``folder`` where it is open already."""
     try:
-        content = open_folder(location).read(SPEC_NAME)
+        content = (folder or open_folder(location)).read(SPEC_NAME)
     except OSError as error:
         raise DataError(f"{location}: {SPEC_NAME} is not there.", hint="build the snapshot again") from error
     return FeatureSpec.from_toml(content.decode(), f"{location}/{SPEC_NAME}")

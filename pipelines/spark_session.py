@@ -58,6 +58,8 @@ _LOCAL = {
 # A short job is over before the optimising compiler pays: without it, ingest and build of 250,000 events take
 # a quarter less processor time. Of 10 million rows it takes more than it saves.
 _SHORT_JIT = "-XX:TieredStopAtLevel=1"
+# A job waits for its last row, not for its slowest moment.
+_GARBAGE = "-XX:+UseParallelGC"
 _SHORT_MEMORY_MB = 1_024
 _MOST_MEMORY_MB = 6_144
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -247,11 +249,11 @@ def _settings(
         settings["spark.executorEnv.PYTHONPATH"] = str(_root())
         settings["spark.local.dir"] = _scratch()
         settings["spark.driver.memory"] = f"{_local_memory_mb(long_running)}m"
-        if not long_running:
-            options = f"{_SHORT_JIT} {options}"
-    if jars:
-        settings["spark.jars"] = ",".join(str(jar) for jar in jars)
+        options = f"{_GARBAGE} {options}" if long_running else f"{_GARBAGE} {_SHORT_JIT} {options}"
     settings.update(given)
+    if jars:
+        own = [settings["spark.jars"]] if settings.get("spark.jars") else []
+        settings["spark.jars"] = ",".join([*own, *map(str, jars)])
     key = "spark.driver.extraJavaOptions"
     settings[key] = f"{options} {settings[key]}" if key in settings else options
     return settings
