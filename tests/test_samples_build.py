@@ -55,7 +55,8 @@ def random_events(n: int, seed: int = 1) -> tuple[pa.Table, pa.Table, pa.Table]:
     """Impressions over four days with clicks and conversions, some late, doubled, retracted, orphaned."""
     rng = np.random.default_rng(seed)
     shown = np.sort(START + rng.integers(0, 4 * DAY_MS, n))
-    ids = np.array([f"i{k}" for k in range(n)])
+    # A number sign in an id must not pass for the mark of a further copy.
+    ids = np.array([f"i#{k}" for k in range(n)])
 
     def arrival(time: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         late = rng.random(len(time)) < 0.05
