@@ -121,6 +121,7 @@ class OutcomeColumns(Section):
         Or how long after the impression (a conversion: after ``delay_from``), in ``delay_unit``.
     delay_unit : {"s", "ms", "us"}
     delay_from : {"click", "impression"}
+        Of a conversion; a click's delay is always from the impression.
     assumed_delay : int, optional
         The delay where a row has a flag, but neither time nor delay, ms. A click's is 10 s by default.
     value, credit : str, optional
@@ -185,8 +186,6 @@ class WideMapping(_Mapping):
     def _outcomes_are_whole(self) -> WideMapping:
         if self.click is not None and (self.click.value or self.click.credit):
             raise ValueError("click.value and click.credit belong to the conversion")
-        if self.click is not None and "delay_from" in self.click.model_fields_set:
-            raise ValueError("click.delay_from says nothing: a click's delay is from the impression")
         conversion = self.conversion
         if conversion is not None and not (conversion.time or conversion.delay or conversion.assumed_delay):
             raise ValueError("conversion needs a time, a delay or an assumed_delay")

@@ -366,3 +366,10 @@ def test_options_are_read_back_as_they_were_meant(tmp_path: Path) -> None:
     path.write_text('layout = "long"\n[time]\norigin = 2026-01-01T00:00:00Z\n' + MINIMAL)
     assert isinstance(load_options(WideMapping, path), LongMapping)
     assert load_options(WideMapping, path).time.origin == 1_767_225_600_000
+
+
+def test_exclude_beside_a_list_of_features_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mapping.toml"
+    path.write_text(MINIMAL.replace("[impression]", '[impression]\nfeatures = ["a"]\nexclude = ["b"]', 1))
+    with pytest.raises(ConfigError, match="exclude takes columns"):
+        load_options(WideMapping, path)
