@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs.checkpoint import sync_file, sync_folder
 from jobs.online import Predicted
+from jobs.synced_files import sync_file, sync_folder
 from models.base import sigmoid
 from pipelines.errors import SetupError
 

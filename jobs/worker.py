@@ -28,7 +28,7 @@ import numpy as np
 
 from jobs.checkpoint import CheckpointStore
 from jobs.online import OnlineLoop
-from jobs.online_state import load_loop_state, loop_state
+from jobs.online_state import load_loop_state, take_loop_changes
 from jobs.predictions import PredictionLog
 from jobs.prepared import PreparedBlock, StepEvents, prepare
 from jobs.publishing import FirstReleases, load_first, publish_student
@@ -86,7 +86,7 @@ class Worker:
         self._until_end = until_end
         self.first: FirstReleases = load_first(releases)
         self.config = config = self.first.settle(config)
-        self.store = CheckpointStore(state, keep=config.stream.keep_checkpoints)
+        self.store = CheckpointStore(state, keep=config.stream.keep_checkpoints, deltas=config.stream.deltas)
         self.store.open()
         self.loop = OnlineLoop(self.config)
         self.predictions = PredictionLog(state / "predictions")
@@ -150,7 +150,7 @@ class Worker:
         )
         if segment is not None:
             self.segments.append(segment)
-        arrays, plain = loop_state(self.loop)
+        arrays, tables, plain = take_loop_changes(self.loop)
         # The cursor is part of what is compared: equal digests mean equal state at the same rows.
         plain["cursor"] = self.cursor.to_state()
         plain["first_release"] = self.first.student.digest()
@@ -159,6 +159,7 @@ class Worker:
             self.loop.step_number,
             arrays,
             plain,
+            tables=tables,
             cursor=plain["cursor"],
             outputs=self.segments,
             volatile={"committed_at": self._clock(), "produced_at": produced},
