@@ -40,9 +40,9 @@ def needed(
             found = manifest(name)
         except StaleStateError:
             continue
-        links = {name, *(link["name"] for link in found["chain"])}
-        if links <= set(names):
-            reach[name], bases[name] = links, found["base"]
+        links = {link["name"] for link in found["chain"]}
+        if links <= reach.keys():  # those are older
+            reach[name], bases[name] = {name, *links}, found["base"]
     if head not in reach:
         raise StaleStateError(
             f"the head {head} cannot be read, or stands on a checkpoint that is gone: nothing is removed.",
