@@ -176,6 +176,10 @@ class CheckpointStore:
             self._chain = []
         return digest
 
+    def committed_arrays(self) -> dict[str, NDArray[Any]]:
+        """All arrays of the last commit, by reference: valid until the next one."""
+        return {**self._mirror.arrays, **self._mirror.tables}
+
     def load(self) -> Checkpoint | None:
         """The head if it is intact, else the newest intact checkpoint before it; None for a fresh start.
 

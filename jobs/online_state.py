@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from models.table_rows import TableRows
 from monitoring.accounting import Accounting
 from pipelines.errors import StaleStateError
 
-__all__ = ["load_loop_state", "loop_state", "take_loop_changes"]
+__all__ = ["load_loop_state", "loop_state", "take_loop_changes", "under"]
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -97,15 +97,16 @@ def load_loop_state(loop: OnlineLoop, arrays: Arrays, plain: dict[str, Any]) -> 
     loop.accounting = Accounting.from_state(plain["accounting"])
     loop.progressive = ProgressiveQuality.from_state(plain["progressive"])
     for task, student in loop.students.items():
-        student.load_state(_under(arrays, f"student/{task}/"))
+        student.load_state(under(arrays, f"student/{task}/"))
         if student.frozen_digest() != plain["frozen"][task]:
             raise StaleStateError(f"the frozen layers of the {task} student are not those of the checkpoint.")
         if task in loop.late_heads:
-            loop.late_heads[task].load_state(_under(arrays, f"late_head/{task}/"))
+            loop.late_heads[task].load_state(under(arrays, f"late_head/{task}/"))
         loop.calibrators[task] = CalibrationChain.from_state(plain["calibrators"][task])
-        loop.replay[task].load_state(_under(arrays, f"replay/{task}/"), plain["replay"][task])
-    loop.joiner.load_state(_under(arrays, "joiner/"), plain["joiner"])
+        loop.replay[task].load_state(under(arrays, f"replay/{task}/"), plain["replay"][task])
+    loop.joiner.load_state(under(arrays, "joiner/"), plain["joiner"])
 
 
-def _under(arrays: Arrays, prefix: str) -> Arrays:
+def under(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Arrays:
+    """The arrays whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

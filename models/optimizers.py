@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["Adam", "TableAdagrad"]
@@ -56,9 +58,10 @@ class TableAdagrad:
         """Count every row as changed: whoever writes the table or the slots by other means says so."""
         self._all_touched = True
 
-    def take_touched(self) -> Tensor | None:
+    def take_touched(self) -> NDArray[np.int64] | None:
         """Rows that have changed since the last call, ascending; None if all may have."""
-        rows = None if self._all_touched else self._touched.nonzero().view(-1)
+        # Much faster than torch's nonzero.
+        rows = None if self._all_touched else np.flatnonzero(self._touched.numpy())
         self._all_touched = False
         self._touched.zero_()
         return rows

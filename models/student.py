@@ -207,12 +207,9 @@ class Student:
         tensors, tables = self._tensors(), {}
         for table, optimizer in self.table_optimizers().items():
             rows = optimizer.take_touched()
-            index = None if rows is None else rows.numpy()
             for name in (f"weights/{table}", f"accumulator/{table}"):
-                tensor = tensors.pop(name)
-                # Both ways copy.
-                values = tensor.clone() if rows is None else tensor.index_select(0, rows)
-                tables[name] = TableRows(index, values.numpy())
+                values = tensors.pop(name).numpy()
+                tables[name] = TableRows(rows, values.copy() if rows is None else values.take(rows, axis=0))
         whole = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
         return {**whole, "counters": self._counters()}, tables
 
@@ -231,9 +228,12 @@ class Student:
         self.steps, self.rows_learned, self.small_optimizer().steps = (int(n) for n in state["counters"])
         self._touch_tables()
 
-    def to_files(self, *, slots: bool = False) -> dict[str, bytes]:
+    def to_files(
+        self, *, slots: bool = False, weights: Mapping[str, NDArray[np.generic]] | None = None
+    ) -> dict[str, bytes]:
         """The weights as safetensors, and the configuration as JSON.
 
+        ``weights`` are written in place of the student's own: those of an earlier moment.
         ``slots`` adds the optimizer slots: whoever is to go on learning needs them. Without them the first
         updates of frequent rows would be as large as those of rows that were never seen.
         """
@@ -242,8 +242,10 @@ class Student:
             "spec_digest": self.spec.digest(),
             "config": self.config.model_dump(mode="json"),
         }
+        own = {name: weight.numpy() for name, weight in self.weights.items()}
+        written: Mapping[str, NDArray[np.generic]] = own if weights is None else weights
         files = {
-            _WEIGHTS_FILE: safetensors.numpy.save({k: v.numpy() for k, v in self.weights.items()}),
+            _WEIGHTS_FILE: safetensors.numpy.save(dict(written)),
             _CONFIG_FILE: json.dumps(about, indent=1, sort_keys=True).encode(),
         }
         if slots:
