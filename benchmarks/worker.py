@@ -25,17 +25,18 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from benchmarks.backtest import Rows, rows_after_warm_up
+from benchmarks.first_releases import train_first
 from benchmarks.worker_log import write_log
-from jobs.backtest import Backtest, run_backtest
 from jobs.broker import Broker
 from jobs.produce import Format, produce
 from jobs.single_thread import use_one_thread
 from jobs.worker import Worker
 from pipelines.config import Config, load_config
 from pipelines.config_sections import KafkaConfig, TopicsConfig
+from pipelines.duration import parse_duration
 from pipelines.event_files import EventFiles
 
 __all__ = ["main"]
@@ -46,13 +47,25 @@ _WARM_UP = 0.25
 
 @dataclass(frozen=True)
 class Run:
-    """Events read, rows learned, wall-clock seconds, of these in commits, and the longest commit."""
+    """What one worker did.
+
+    Attributes
+    ----------
+    events, rows : int
+        Events read and rows learned.
+    seconds : float
+        Wall-clock time from the first step that learns to the last commit.
+    committing : float
+        Seconds in which a commit was on its way, beside learning.
+    pauses : ndarray
+        Seconds for which learning stopped, by commit.
+    """
 
     events: int
     rows: int
     seconds: float
     committing: float
-    longest: float
+    pauses: NDArray[np.float64]
 
 
 def settings(frozen: bool) -> Config:
@@ -73,50 +86,31 @@ def settings(frozen: bool) -> Config:
     return load_config(None, [text.replace("'", '"') for text in chosen])
 
 
-def train(log: Path, config: Config, work: Path) -> tuple[Path, Backtest]:
-    """First releases from the first quarter of the log, as training leaves them."""
-    head, out = work / "head", work / "backtest"
-    head.mkdir()
-    out.mkdir()
-    arrival = pq.read_table(log / "impressions.parquet", columns=["arrival_time"])["arrival_time"].to_numpy()
-    begins, ends = np.quantile(arrival, [_WARM_UP, _WARM_UP + 0.02]).astype(np.int64).tolist()
-    for file in sorted(log.iterdir()):
-        pq.write_table(pq.read_table(file, filters=[("arrival_time", "<", ends)]), head / file.name)
-    share = f"{100 * float(np.mean(arrival < begins)) / float(np.mean(arrival < ends)):.3f}%"
-    backtest = config.backtest.model_copy(update={"warmup": share})
-    result = run_backtest(config.model_copy(update={"backtest": backtest}), EventFiles(head), out)
-    releases = work / "first"
-    for release in (result.first.teacher, result.first.student):
-        shutil.copytree(out / "releases" / release.name, releases / release.name)
-    (releases / "teacher").write_text(f"{result.first.teacher.name}\n", encoding="utf-8")
-    (releases / "CURRENT").write_text(f"{result.first.student.name}\n", encoding="utf-8")
-    return releases, result
-
-
 def run_worker(config: Config, releases: Path, state: Path) -> Run:
     """One worker from the beginning of the topics to their end."""
     began, committing = [0.0, 0], []
     worker = Worker(config, releases, state, until_end=True)
-    begin, commit = worker.loop.begin, worker.commit
+    begin, commit = worker.loop.begin, worker.commits.commit
 
     def timed_begin(*given: Any) -> None:
         began[:] = [time.perf_counter(), sum(worker.loop.read.values())]
         begin(*given)
 
-    def timed_commit() -> None:
+    def timed_commit(*given: Any) -> None:
         start = time.perf_counter()
-        commit()
-        if worker.loop.tasks:
+        commit(*given)
+        if began[1]:
             committing.append(time.perf_counter() - start)
 
     with (
         mock.patch.object(worker.loop, "begin", timed_begin),
-        mock.patch.object(worker, "commit", timed_commit),
+        mock.patch.object(worker.commits, "commit", timed_commit),
     ):
         worker.run()
     seconds = time.perf_counter() - began[0]
     events = sum(worker.loop.read.values()) - int(began[1])
-    return Run(events, worker.loop.learned_events, seconds, sum(committing), max(committing))
+    pauses = np.array(worker.pauses_ms) / 1000
+    return Run(events, worker.loop.learned_events, seconds, sum(committing), pauses)
 
 
 def bare_torch(rows: Rows, config: Config, frozen: bool) -> float:
@@ -206,6 +200,18 @@ def main() -> None:
         compare(Path(name), impressions)
 
 
+def told(form: str, every: str, run: Run, bare: float) -> str:
+    """A line on one worker."""
+    learned = run.rows / run.seconds
+    p99 = 1000 * float(np.quantile(run.pauses, 0.99)) if len(run.pauses) else 0.0
+    return (
+        f"worker, {form:<6}, a commit each {every} {run.events / run.seconds:>9,.0f} events/s "
+        f"{learned:>9,.0f} rows learned/s {learned / bare:>6.2f} x bare; learning paused for commits "
+        f"{run.pauses.sum() / run.seconds:.2%} of the time, p99 {p99:.1f} ms; "
+        f"committing beside it {run.committing / run.seconds:.0%}"
+    )
+
+
 def compare(work: Path, impressions: int) -> None:
     """All runs on one log."""
     write_log(work / "log", impressions)
@@ -216,21 +222,18 @@ def compare(work: Path, impressions: int) -> None:
             config = settings(frozen)
             folder = work / ("frozen" if frozen else "full")
             folder.mkdir()
-            releases, result = train(work / "log", config, folder)
+            releases, result = train_first(work / "log", config, folder, _WARM_UP)
             rows = rows_after_warm_up(result, files, config)
             bare = bare_torch(rows, config, frozen)
             print(f"\n{folder.name} training; bare torch loop: {bare:,.0f} rows/s")
             for form, kafka in made.items():
-                own = folder / form
-                shutil.copytree(releases, own / "releases")
-                run = run_worker(config.model_copy(update={"kafka": kafka}), own / "releases", own / "state")
-                learned = run.rows / run.seconds
-                print(
-                    f"worker, {form:<7} {run.events / run.seconds:>9,.0f} events/s "
-                    f"{learned:>9,.0f} rows learned/s {learned / bare:>6.2f} x bare; "
-                    f"commits {run.committing / run.seconds:.1%} of the time, "
-                    f"longest {1000 * run.longest:.0f} ms"
-                )
+                for every in ("2s", "1d"):
+                    stream = config.stream.model_copy(update={"publish_every": parse_duration(every)})
+                    own = folder / f"{form}-{every}"
+                    shutil.copytree(releases, own / "releases")
+                    chosen = config.model_copy(update={"kafka": kafka, "stream": stream})
+                    run = run_worker(chosen, own / "releases", own / "state")
+                    print(told(form, every, run, bare), flush=True)
     print("\none row at a time, rows/s:")
     for title, options in (("linear", ""), ("-q ab", "-q ab"), ("--lrq ab16", "--lrq ab16")):
         print(f"vowpal wabbit {title:<11} {vowpal_wabbit(rows, options):>9,.0f}")
