@@ -30,13 +30,13 @@ from jobs.checkpoint import CheckpointStore
 from jobs.commit_thread import CommitThread
 from jobs.single_thread import use_one_thread
 from models.student import Student
-from models.table_rows import TableRows
 from pipelines.config_sections import StudentConfig
 from pipelines.feature_spec import Categorical, FeatureSpec
+from pipelines.table_rows import TableRows
 
 __all__ = ["main"]
 
-Changes = tuple[dict[str, NDArray[Any]], dict[str, TableRows]]
+Changes = tuple[dict[str, NDArray[Any]], dict[str, list[TableRows]]]
 
 
 def make_student(rows: int, dim: int) -> Student:

@@ -15,7 +15,7 @@ import logging
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,13 @@ from jobs.checkpoint_retention import needed, remove
 from jobs.state_digest import state_digest
 from jobs.state_mirror import StateMirror
 from jobs.synced_files import sync_folder
-from models.table_rows import TableRows
 from pipelines.errors import SetupError, StaleStateError
+from pipelines.table_rows import Array, TableRows
 
 __all__ = ["Checkpoint", "CheckpointStore", "state_digest"]
 
 log = logging.getLogger(__name__)
 
-Arrays = Mapping[str, NDArray[Any]]
 _BROKEN = ".broken-"
 
 
@@ -127,10 +126,10 @@ class CheckpointStore:
     def commit(
         self,
         step: int,
-        arrays: Arrays,
+        arrays: Mapping[str, Array],
         plain: Mapping[str, Any],
         *,
-        tables: Mapping[str, TableRows] | None = None,
+        tables: Mapping[str, Sequence[TableRows]] | None = None,
         cursor: Any,
         outputs: list[str],
         volatile: Mapping[str, Any],
@@ -304,7 +303,13 @@ class CheckpointStore:
         target = self.folder / name
         try:
             manifest = write_files(
-                temporary, self._mirror.arrays, self._mirror.tables, changes, plain, {**about, **history}
+                temporary,
+                self._mirror.arrays,
+                self._mirror.tables,
+                changes,
+                plain,
+                {**about, **history},
+                self._mirror.unchanged(),
             )
             if target.exists():
                 shutil.rmtree(target)

@@ -1,7 +1,8 @@
 """What lies in the folder of one checkpoint: shards of arrays, plain data, and a manifest that seals them.
 
 A *base* holds every table whole; a *delta* the rows that changed since the checkpoint before it, and its
-``chain`` names the checkpoints it stands on, base first, each with its seal. All else is whole in both.
+``chain`` names the checkpoints it stands on, base first, each with its seal. All else is whole in both, but
+for what a delta's ``unchanged`` names: that is as it was in the checkpoint before it.
 
 ``shards`` is a list. A shard's ``tables`` say what it holds of each: the rows from ``first`` on, in a base;
 the rows in the array ``index``, in a delta. Rows are counted in the whole table, so a table may be split
@@ -51,6 +52,7 @@ def write_files(
     changes: Mapping[str, NDArray[np.int64]] | None,
     plain: Mapping[str, Any],
     about: Mapping[str, Any],
+    unchanged: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Fill a checkpoint's folder, the manifest last; returns the manifest with its seal.
 
@@ -62,20 +64,24 @@ def write_files(
         Rows of each table to write; None writes all.
     about : mapping
         The rest of the manifest.
+    unchanged : sequence of str
+        Arrays that a delta leaves out, for the checkpoint before it has them.
 
     Raises
     ------
     OSError
         If the disk refuses.
     """
-    tensors, parts = _shard(arrays, tables, changes)
+    left_out = set() if changes is None else set(unchanged)
+    own = {name: array for name, array in arrays.items() if name not in left_out}
+    tensors, parts = _shard(own, tables, changes)
     text = json.dumps(plain, sort_keys=True).encode()
     files = {SHARD: write_tensors(folder / SHARD, tensors), PLAIN: hashlib.sha256(text).hexdigest()}
     write_synced(folder / PLAIN, text)
     manifest = {
         "format": FORMAT,
         **about,
-        "shards": [{"rank": 0, "file": SHARD, "tables": parts}],
+        "shards": [{"rank": 0, "file": SHARD, "tables": parts, "unchanged": sorted(left_out)}],
         "files": files,
     }
     manifest["seal"] = _seal(manifest)
@@ -145,9 +151,10 @@ def read_arrays(chain: Sequence[tuple[Path, Mapping[str, Any]]]) -> Arrays:
     tables: Arrays = {}
     arrays: Arrays = {}
     for folder, manifest in chain:
-        arrays, pieces = {}, dict[str, list[tuple[int, NDArray[Any]]]]()
+        before, arrays, pieces = arrays, {}, dict[str, list[tuple[int, NDArray[Any]]]]()
         for shard in manifest["shards"]:
             tensors = load_file(folder / shard["file"])
+            arrays.update({name: before[name] for name in shard["unchanged"]})
             for name, part in shard["tables"].items():
                 values = tensors.pop(name)
                 if "index" in part:

@@ -191,6 +191,7 @@ class OnlineLoop:
             if self.config.policy(task) in _SAY_AGAIN:
                 features["logit"][slots, column] = students[task].predict_logit(buckets, numbers)
             features["teacher_logit"][slots, column] = teachers[task].calibrated_logit(buckets, numbers, keys)
+        self.joiner.touch_features()
 
     def _predict(self, events: StepEvents) -> Predicted:
         arrivals = events.arrivals

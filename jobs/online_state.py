@@ -13,9 +13,9 @@ from jobs.online import OnlineLoop
 from jobs.progressive import ProgressiveQuality
 from models.late_head import LateHead
 from models.student import Student
-from models.table_rows import TableRows
 from monitoring.accounting import Accounting
 from pipelines.errors import StaleStateError
+from pipelines.table_rows import Array, TableRows
 
 __all__ = ["load_loop_state", "loop_state", "take_loop_changes", "under"]
 
@@ -25,18 +25,25 @@ Arrays = dict[str, NDArray[Any]]
 def loop_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
     """Everything that decides how the loop goes on, copied, so that the loop may run on meanwhile."""
     arrays, plain = _rest_of_state(loop)
+    joiner_arrays, plain["joiner"] = loop.joiner.state()
+    arrays.update({f"joiner/{name}": np.array(value) for name, value in joiner_arrays.items()})
     for prefix, learner in _learners(loop):
         arrays.update({f"{prefix}/{name}": np.array(value) for name, value in learner.state().items()})
     return arrays, plain
 
 
-def take_loop_changes(loop: OnlineLoop) -> tuple[Arrays, dict[str, TableRows], dict[str, Any]]:
-    """The same, but of the learners' tables only the rows that changed since the last call.
+def take_loop_changes(
+    loop: OnlineLoop,
+) -> tuple[dict[str, Array], dict[str, list[TableRows]], dict[str, Any]]:
+    """The same, but of tables and of the joiner's columns only the rows that changed since the last call.
 
     The first call of a loop gives whole tables, and so does one after `load_loop_state`.
     """
-    arrays, plain = _rest_of_state(loop)
-    tables: dict[str, TableRows] = {}
+    rest, plain = _rest_of_state(loop)
+    arrays: dict[str, Array] = dict(rest)
+    joined, columns, plain["joiner"] = loop.joiner.take_changes()
+    arrays.update({f"joiner/{name}": value for name, value in joined.items()})
+    tables = {f"joiner/{name}": rows for name, rows in columns.items()}
     for prefix, learner in _learners(loop):
         whole, changed = learner.take_changes()
         arrays.update({f"{prefix}/{name}": value for name, value in whole.items()})
@@ -52,7 +59,7 @@ def _learners(loop: OnlineLoop) -> Iterator[tuple[str, Student | LateHead]]:
 
 
 def _rest_of_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
-    """All but the learners' arrays."""
+    """All but the learners' arrays and the joiner."""
     arrays: Arrays = {}
     plain: dict[str, Any] = {
         "tasks": list(loop.tasks),
@@ -72,8 +79,6 @@ def _rest_of_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
         # By reference: what the buffer holds is replaced, never written to.
         columns, plain["replay"][task] = replay.state()
         arrays.update({f"replay/{task}/{name}": value for name, value in columns.items()})
-    joiner_arrays, plain["joiner"] = loop.joiner.state()
-    arrays.update({f"joiner/{name}": np.array(value) for name, value in joiner_arrays.items()})
     return arrays, plain
 
 

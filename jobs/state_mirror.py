@@ -8,14 +8,14 @@ copying them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jobs.state_digest import BlockHashes, digest_of
-from models.table_rows import TableRows
+from pipelines.table_rows import Array, TableRows
 
 __all__ = ["StateMirror"]
 
@@ -39,8 +39,10 @@ class StateMirror:
         self._hashes: dict[str, BlockHashes] = {}
         self._changed: dict[str, NDArray[np.bool_]] = {}
         self._is_whole = False
+        self._committed: dict[str, NDArray[Any]] = {}
+        self._digests: dict[str, tuple[NDArray[Any], bytes]] = {}
 
-    def apply(self, arrays: Arrays, tables: Mapping[str, TableRows]) -> None:
+    def apply(self, arrays: Mapping[str, Array], tables: Mapping[str, Sequence[TableRows]]) -> None:
         """Take over a cut; its arrays are the mirror's from now on.
 
         Raises
@@ -48,22 +50,34 @@ class StateMirror:
         ValueError
             If rows are given of a table that has never been given whole.
         """
-        self.arrays = dict(arrays)
+        self.arrays = {
+            name: np.concatenate(value) if isinstance(value, list) else value
+            for name, value in arrays.items()
+        }
         for name in self.tables.keys() - tables.keys():
             del self.tables[name], self._hashes[name], self._changed[name]
             self._is_whole = True
-        for name, part in tables.items():
-            if part.rows is None:
-                self.tables[name] = np.require(part.values, requirements=["C", "W"])
-                self._hashes[name] = BlockHashes(self.tables[name])
-                self._changed[name] = np.zeros(len(part.values), np.bool_)
-                self._is_whole = True
-            elif name not in self.tables:
-                raise ValueError(f"rows of {name} came before the table")
-            else:
-                self.tables[name][part.rows] = part.values
-                self._hashes[name].rehash(part.rows)
-                self._changed[name][part.rows] = True
+        for name, parts in tables.items():
+            touched: list[NDArray[np.int64]] = []
+            for part in parts:
+                if part.rows is None:
+                    self._replace(name, part.values)
+                    touched.clear()
+                elif name not in self.tables:
+                    raise ValueError(f"rows of {name} came before the table")
+                else:
+                    self.tables[name][part.rows] = part.values
+                    touched.append(part.rows)
+            if touched:
+                rows = np.concatenate(touched)
+                self._hashes[name].rehash(rows)
+                self._changed[name][rows] = True
+
+    def _replace(self, name: str, table: NDArray[Any]) -> None:
+        self.tables[name] = np.require(table, requirements=["C", "W"])
+        self._hashes[name] = BlockHashes(self.tables[name])
+        self._changed[name] = np.zeros(len(table), np.bool_)
+        self._is_whole = True
 
     def changes(self) -> dict[str, NDArray[np.int64]] | None:
         """Rows of each table that no committed checkpoint has; None if a delta would not do.
@@ -77,14 +91,24 @@ class StateMirror:
         whole = sum(table.nbytes for table in self.tables.values())
         return rows if 2 * changed <= whole else None
 
+    def unchanged(self) -> list[str]:
+        """Arrays that the last committed checkpoint had, too: the same objects, which nobody writes to."""
+        return sorted(name for name, array in self.arrays.items() if self._committed.get(name) is array)
+
     def settle(self) -> None:
         """Take note that the state as it is here has been committed."""
         self._is_whole = False
+        self._committed = self.arrays
         for changed in self._changed.values():
             changed.fill(False)
 
     def digest(self, plain: Mapping[str, Any]) -> str:
         """What `state_digest` would say of all arrays and the plain data."""
-        found = {name: BlockHashes(array).digest() for name, array in self.arrays.items()}
+        found = {name: self._digest_of(name, array) for name, array in self.arrays.items()}
+        self._digests = {name: (array, found[name]) for name, array in self.arrays.items()}
         found.update({name: hashes.digest() for name, hashes in self._hashes.items()})
         return digest_of(found, plain)
+
+    def _digest_of(self, name: str, array: NDArray[Any]) -> bytes:
+        known = self._digests.get(name)
+        return known[1] if known is not None and known[0] is array else BlockHashes(array).digest()

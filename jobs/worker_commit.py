@@ -17,12 +17,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from numpy.typing import NDArray
 
 from jobs.checkpoint import CheckpointStore
 from jobs.online import OnlineLoop, Predicted
@@ -30,11 +28,11 @@ from jobs.online_state import take_loop_changes
 from jobs.predictions import PredictionLog
 from jobs.publishing import FirstReleases, Learned, publish_student
 from jobs.release import garbage_collect
-from models.table_rows import TableRows
 from pipelines.dead_letters import DeadLetterFile
 from pipelines.errors import TransientError
 from pipelines.events import DeadLetter
 from pipelines.kafka_source import Cursor, KafkaSource
+from pipelines.table_rows import Array, TableRows
 
 __all__ = ["FRESHNESS_RESOLUTION_MS", "Commits", "Cut", "LoopCut"]
 
@@ -49,8 +47,8 @@ Produced = list[tuple[int, int]]
 class LoopCut:
     """The loop at one step, and what was predicted on the way there: copies."""
 
-    arrays: Mapping[str, NDArray[Any]]
-    tables: Mapping[str, TableRows]
+    arrays: Mapping[str, Array]
+    tables: Mapping[str, Sequence[TableRows]]
     plain: dict[str, Any]
     after_step: int
     predicted: list[tuple[Predicted, str]]

@@ -11,9 +11,9 @@ from models.base import sigmoid
 from models.learn_batch import LearnBatch
 from models.losses import head_gradients
 from models.student import Student
-from models.table_rows import TableRows
 from pipelines.config_sections import StudentConfig
 from pipelines.feature_spec import FeatureSpec
+from pipelines.table_rows import TableRows
 
 __all__ = ["LateHead"]
 
@@ -72,7 +72,7 @@ class LateHead:
         """Weights and optimizer slots: copies, exact."""
         return self._student.state()
 
-    def take_changes(self) -> tuple[dict[str, NDArray[np.generic]], dict[str, TableRows]]:
+    def take_changes(self) -> tuple[dict[str, NDArray[np.generic]], dict[str, list[TableRows]]]:
         """What changed of the state since the last call: see `Student.take_changes`."""
         return self._student.take_changes()
 

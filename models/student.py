@@ -17,11 +17,11 @@ from torch import Tensor
 from models.learn_batch import LearnBatch
 from models.network import Layout, forward, initial_table, initial_weights, layer_of
 from models.optimizers import Adam, TableAdagrad
-from models.table_rows import TableRows
 from models.warm_up import WarmUp, warm_up
 from pipelines.config_sections import StudentConfig
 from pipelines.errors import StaleStateError
 from pipelines.feature_spec import FeatureSpec
+from pipelines.table_rows import TableRows
 from pipelines.training_set import TrainingRows, TrainingSet
 
 __all__ = ["LearnBatch", "Student"]
@@ -194,14 +194,14 @@ class Student:
         state["counters"] = self._counters()
         return state
 
-    def take_changes(self) -> tuple[dict[str, NDArray[np.generic]], dict[str, TableRows]]:
+    def take_changes(self) -> tuple[dict[str, NDArray[np.generic]], dict[str, list[TableRows]]]:
         """Copies of what ``state`` gives, of its tables only the rows that changed since the last call.
 
         Returns
         -------
         whole : dict of str to ndarray
             Small weights, their slots and the counters.
-        tables : dict of str to TableRows
+        tables : dict of str to list of TableRows
             Tables and their slots; all of a table that was set by other means than learning.
         """
         tensors, tables = self._tensors(), {}
@@ -209,7 +209,8 @@ class Student:
             rows = optimizer.take_touched()
             for name in (f"weights/{table}", f"accumulator/{table}"):
                 values = tensors.pop(name).numpy()
-                tables[name] = TableRows(rows, values.copy() if rows is None else values.take(rows, axis=0))
+                changed = values.copy() if rows is None else values.take(rows, axis=0)
+                tables[name] = [TableRows(rows, changed)]
         whole = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
         return {**whole, "counters": self._counters()}, tables
 

@@ -22,6 +22,7 @@ from pipelines.label_news import CONFIRM, FIRST, POSITIVE, Emission, News
 from pipelines.label_windows import LabelWindows
 from pipelines.orphans import Orphan, Orphans
 from pipelines.slot_table import Keys, SlotTable, hash_ids
+from pipelines.table_rows import Array, RowLog, TableRows
 from pipelines.traffic import TrafficRatio
 from pipelines.view_through import Clicks, ViewThrough
 
@@ -90,6 +91,7 @@ class Joiner:
         self._ratio = [TrafficRatio(kinds=2) for _ in self.tasks]
         self._orphans = {CLICK: Orphans(self._patience), CONVERSION: Orphans(self._patience)}
         self.features: dict[str, NDArray[Any]] = {}
+        self._stored = RowLog()
         self._clock = -1
 
     def __len__(self) -> int:
@@ -133,6 +135,10 @@ class Joiner:
         for windows in self.windows:
             is_open |= windows.is_open[closed]
         self._table.remove(closed[~is_open])
+
+    def touch_features(self) -> None:
+        """Take note that features have been written, or added, from outside."""
+        self._stored.forget()
 
     def open_windows(self, task: int) -> Closed:
         """The windows of a task that are open now, with the label known so far, by time of opening."""
@@ -209,10 +215,13 @@ class Joiner:
         return fresh
 
     def _store_features(self, slots: Ints, rows: Ints, features: dict[str, NDArray[Any]]) -> None:
-        for name, values in features.items():
+        stored = {name: values[rows] for name, values in features.items()}
+        for name, values in stored.items():
             if name not in self.features:
                 self.features[name] = np.zeros((self._table.capacity, *values.shape[1:]), values.dtype)
-            self.features[name][slots] = values[rows]
+                self._stored.forget()
+            self.features[name][slots] = values
+        self._stored.add(slots, stored)
 
     def _grow(self) -> None:
         """Make room in all columns for the slots of the table."""
@@ -225,6 +234,7 @@ class Joiner:
             larger = np.zeros((capacity, *column.shape[1:]), column.dtype)
             larger[: len(column)] = column
             self.features[name] = larger
+        self._stored.forget()
 
     # Orphans -------------------------------------------------------------------------------------------
 
@@ -405,19 +415,43 @@ class Joiner:
         arrays.update({f"feature_{name}": column for name, column in self.features.items()})
         for task, windows in zip(self.tasks, self.windows, strict=True):
             arrays.update({f"{task}_{name}": value for name, value in windows.state().items()})
-        plain: dict[str, Any] = {
+        return arrays, self._plain()
+
+    def take_changes(self) -> tuple[dict[str, Array], dict[str, list[TableRows]], dict[str, Any]]:
+        """The same for whoever keeps the last answer: of columns by slot, only the slots that changed.
+
+        Nothing in it is written to afterwards.
+        """
+        whole: dict[str, Array] = {}
+        columns: dict[str, list[TableRows]] = {}
+        taken = [("table_", self._table.take_changes())]
+        taken += [
+            (f"{task}_", windows.take_changes())
+            for task, windows in zip(self.tasks, self.windows, strict=True)
+        ]
+        for prefix, (own, rows) in taken:
+            whole.update({prefix + name: value for name, value in own.items()})
+            columns.update({prefix + name: value for name, value in rows.items()})
+        stored = self._stored.take()
+        if stored is None:
+            stored = {name: [TableRows(None, column.copy())] for name, column in self.features.items()}
+        columns.update({f"feature_{name}": stored.get(name, []) for name in self.features})
+        return whole, columns, self._plain()
+
+    def _plain(self) -> dict[str, Any]:
+        return {
             "clock": self._clock,
             "traffic": [ratio.state() for ratio in self._ratio],
             "orphans": {str(kind): orphans.state() for kind, orphans in self._orphans.items()},
             "views": [] if self._views is None else self._views.state(),
         }
-        return arrays, plain
 
     def load_state(self, arrays: dict[str, NDArray[Any]], plain: dict[str, Any]) -> None:
         """Continue from a `state`."""
         self._clock = plain["clock"]
         self._table.load_state(_under("table_", arrays))
         self.features = {name: np.array(column) for name, column in _under("feature_", arrays).items()}
+        self._stored.forget()
         for task, windows in zip(self.tasks, self.windows, strict=True):
             windows.load_state(_under(f"{task}_", arrays))
         for ratio, state in zip(self._ratio, plain["traffic"], strict=True):

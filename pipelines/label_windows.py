@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pipelines.duration import DAY_MS
 from pipelines.label_fold import LONG_AGO, apply_outcomes
 from pipelines.label_news import CONFIRM, FIRST, POSITIVE, Emission, News, WindowLabel
+from pipelines.table_rows import Array, TableRows
 from pipelines.timers import Timers
 
 __all__ = ["LabelWindows"]
@@ -94,6 +95,8 @@ class LabelWindows:
             self._columns["said"] = np.float64
         for name, dtype in self._columns.items():
             setattr(self, name, np.zeros(capacity, dtype))
+        self._changed = np.zeros(capacity, np.bool_)
+        self._all_changed = True
 
     def grow(self, capacity: int) -> None:
         for name in self._columns:
@@ -101,11 +104,14 @@ class LabelWindows:
             larger = np.zeros(capacity, column.dtype)
             larger[: len(column)] = column
             setattr(self, name, larger)
+        self._changed = np.zeros(capacity, np.bool_)
+        self._all_changed = True
 
     # Opening and closing -------------------------------------------------------------------------------
 
     def open(self, slot: Ints, opened: Ints, known: Ints) -> list[Emission]:
         """Open windows; returns the rows that the policy says at once."""
+        self._changed[slot] = True
         for name in self._columns:
             getattr(self, name)[slot] = 0
         self.opened[slot], self.known[slot], self.is_open[slot] = opened, known, True
@@ -154,6 +160,7 @@ class LabelWindows:
     def close(self, clock: int) -> tuple[Ints, list[Emission]]:
         """Slots whose window has closed by a moment, and the rows that this says (policy ``wait``)."""
         slot, due = self._closing.pop(clock)
+        self._changed[slot] = True
         self.is_open[slot] = False
         if self._more:
             for each in slot.tolist():
@@ -167,6 +174,7 @@ class LabelWindows:
         """Policy ``relabel``: every open window with the label known before midnight (ms)."""
         slot = np.flatnonzero(self.is_open & (self.known < midnight))
         kind = np.where(self.stage[slot] == _UNSAID, FIRST, CONFIRM)
+        self._changed[slot] = True
         self.stage[slot] = _NEGATIVE
         at = np.full(len(slot), midnight - 1)
         return [self._rows(slot, kind, at, at + 1, self.credit[slot])]
@@ -180,6 +188,7 @@ class LabelWindows:
         """
         emissions = self.catch_up(news.slot, news.known)
         slot = news.slot
+        self._changed[slot] = True
         change = apply_outcomes(self.credit[slot], self.time[slot], news.event_time, news.op, news.credit)
         self.credit[slot], self.time[slot] = change.credit, change.time
         self.version[slot] += change.changes
@@ -204,6 +213,10 @@ class LabelWindows:
         for row in np.flatnonzero(~is_first).tolist():
             self._more.setdefault(int(slot[row]), []).append(int(event_hash[row]))
 
+    def touch(self, slot: int) -> None:
+        """Take note that a column of a slot has been written from outside."""
+        self._changed[slot] = True
+
     def is_positive_said(self, slot: Ints) -> Flags:
         """Whether no later outcome will be said, for a positive row has been."""
         return np.asarray(self.stage[slot] >= _POSITIVE, np.bool_)
@@ -226,6 +239,7 @@ class LabelWindows:
     def set_label(self, slot: int, known: int, label: WindowLabel) -> list[Emission]:
         """Set a label anew; returns the rows that follow at once."""
         one = np.array([slot])
+        self._changed[slot] = True
         emissions = self.catch_up(one, np.array([known]))
         self.credit[slot], self.time[slot], self.happened[slot], self.version[slot] = label
         return emissions + self._say_positive(one, np.array([known]))
@@ -244,6 +258,7 @@ class LabelWindows:
     def _say_first(self, slot: Ints, at: Ints) -> list[Emission]:
         credit = self.credit[slot]
         positive = credit > 0
+        self._changed[slot] = True
         emissions = [self._rows(slot, FIRST, at, at + 1, credit)]
         if self.policy == "defer":
             emissions.append(
@@ -267,6 +282,7 @@ class LabelWindows:
 
     def _say_last(self, slot: Ints, at: Ints) -> list[Emission]:
         share = 1.0 - self.said[slot]
+        self._changed[slot] = True
         self.stage[slot] = _FINISHED
         rows = share > 0
         slot, at, share = slot[rows], at[rows], share[rows]
@@ -298,14 +314,43 @@ class LabelWindows:
         arrays: dict[str, NDArray[np.generic]] = {name: getattr(self, name) for name in self._columns}
         for name, timers in self._timers().items():
             arrays.update({f"{name}_{part}": value for part, value in timers.state().items()})
+        return {**arrays, **self._copies()}
+
+    def take_changes(self) -> tuple[dict[str, Array], dict[str, list[TableRows]]]:
+        """What ``state`` gives, for whoever keeps the last answer.
+
+        Returns
+        -------
+        dict of str to array or its parts
+            What is small, and timers.
+        dict of str to list of TableRows
+            Columns by slot: the slots that changed since the last call.
+        """
+        whole: dict[str, Array] = dict(self._copies())
+        for name, timers in self._timers().items():
+            whole.update({f"{name}_{part}": value for part, value in timers.parts().items()})
+        slots = None if self._all_changed else np.flatnonzero(self._changed)
+        columns = {name: getattr(self, name) for name in self._columns}
+        rows = {
+            name: [TableRows(slots, column.copy() if slots is None else column[slots])]
+            for name, column in columns.items()
+        }
+        self._changed.fill(False)
+        self._all_changed = False
+        return whole, rows
+
+    def _copies(self) -> dict[str, NDArray[np.generic]]:
         pairs = [(slot, value) for slot, values in self._more.items() for value in values]
-        arrays["more_slot"] = np.array([slot for slot, _ in pairs], np.int64)
-        arrays["more_hash"] = np.array([value for _, value in pairs], np.uint64)
-        return arrays
+        return {
+            "more_slot": np.array([slot for slot, _ in pairs], np.int64),
+            "more_hash": np.array([value for _, value in pairs], np.uint64),
+        }
 
     def load_state(self, arrays: dict[str, NDArray[np.generic]]) -> None:
         for name, dtype in self._columns.items():
             setattr(self, name, np.array(arrays[name], dtype))
+        self._changed = np.zeros(len(self.opened), np.bool_)
+        self._all_changed = True
         for name, timers in self._timers().items():
             timers.load_state({part: arrays[f"{name}_{part}"] for part in ("slots", "due", "border")})
         self._more = {}

@@ -8,6 +8,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from pipelines.table_rows import Array, RowLog, TableRows
+
 __all__ = ["Keys", "SlotTable", "hash_ids"]
 
 Ints = NDArray[np.int64]
@@ -66,6 +68,7 @@ class SlotTable:
         # A stack: the last one is the next to be used.
         self._free = np.arange(_FIRST_CAPACITY - 1, -1, -1, dtype=np.int32)
         self._n_free = _FIRST_CAPACITY
+        self._log = RowLog()
         self._make_cells(0)
 
     @property
@@ -92,6 +95,7 @@ class SlotTable:
         new = new[~again]
         slots[new] = self._take(len(new))
         self.keys[slots[new]] = keys[new]
+        self._log.add(slots[new], {"keys": keys[new]})
         self._used[slots[new]] = True
         if self._filled + len(new) > _LARGEST_LOAD * len(self._cells):
             self._make_cells(len(self))
@@ -113,12 +117,18 @@ class SlotTable:
     def state(self) -> dict[str, NDArray[np.generic]]:
         return {"keys": self.keys, "free": self._free[: self._n_free]}
 
+    def take_changes(self) -> tuple[dict[str, Array], dict[str, list[TableRows]]]:
+        """What ``state`` gives, of the keys only those that are new since the last call."""
+        rows = self._log.take() or {"keys": [TableRows(None, self.keys.copy())]}
+        return {"free": self._free[: self._n_free].copy()}, rows
+
     def load_state(self, arrays: dict[str, NDArray[np.generic]]) -> None:
         """Continue from a `state`."""
         free = np.array(arrays["free"], np.int32)
         self.keys = np.array(arrays["keys"], np.uint64)
         self._used = np.ones(self.capacity, np.bool_)
         self._used[free] = False
+        self._log.forget()
         self._free = np.zeros(self.capacity, np.int32)
         self._free[: len(free)], self._n_free = free, len(free)
         self._make_cells(len(self))
@@ -134,6 +144,7 @@ class SlotTable:
             added = np.arange(new - 1, old - 1, -1, dtype=np.int32)
             free[: len(added) + self._n_free] = np.concatenate([added, self._free[: self._n_free]])
             self.keys, self._used, self._free = keys, used, free
+            self._log.forget()
             self._n_free += len(added)
         taken = self._free[self._n_free - n : self._n_free][::-1]
         self._n_free -= n

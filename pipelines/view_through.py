@@ -179,5 +179,6 @@ class ViewThrough:
         elif heard.to_be_said and self.windows.is_open[slot]:
             step.count(CONVERSION, "pending", 1)
             self.windows.unsaid[slot] += 1
+            self.windows.touch(slot)
         else:
             step.count(CONVERSION, "superseded", 1)

@@ -24,8 +24,8 @@ from jobs.checkpoint_head import Head
 from jobs.cli import cli
 from jobs.state_digest import BLOCK_BYTES, BlockHashes
 from jobs.tensor_file import write_tensors
-from models.table_rows import TableRows
 from pipelines.errors import StaleStateError
+from pipelines.table_rows import TableRows
 
 ROWS = 300
 Arrays = dict[str, NDArray[Any]]
@@ -52,11 +52,11 @@ class Learner:
         if self._touched is not None:
             self._touched.update(rows)
 
-    def take(self) -> dict[str, TableRows]:
+    def take(self) -> dict[str, list[TableRows]]:
         rows = None if self._touched is None else np.array(sorted(self._touched), np.int64)
         self._touched = set()
         return {
-            name: TableRows(rows, table.copy() if rows is None else table[rows])
+            name: [TableRows(rows, table.copy() if rows is None else table[rows])]
             for name, table in self.tables.items()
         }
 
@@ -282,21 +282,48 @@ def test_a_table_may_lie_in_several_shards(tmp_path: Path) -> None:
     table, other = np.arange(10.0).reshape(5, 2), np.arange(3)
     for file, arrays in (
         ("a", {"table": table[3:]}),
-        ("b", {"table": table[:3], "other": other}),
+        ("b", {"table": table[:3], "other": other, "same": other * 2}),
         ("c", {"@rows/0": np.array([4]), "table": -table[4:]}),
         ("d", {"@rows/0": np.array([0, 2]), "table": -table[[0, 2]], "other": other + 1}),
     ):
         write_tensors(tmp_path / file, arrays)
 
-    def shard(rank: int, file: str, part: dict[str, Any]) -> dict[str, Any]:
-        return {"rank": rank, "file": file, "tables": {"table": part}}
+    def shard(rank: int, file: str, part: dict[str, Any], *unchanged: str) -> dict[str, Any]:
+        return {"rank": rank, "file": file, "tables": {"table": part}, "unchanged": list(unchanged)}
 
     base = {"shards": [shard(1, "a", {"first": 3}), shard(0, "b", {"first": 0})]}
-    delta = {"shards": [shard(1, "c", {"index": "@rows/0"}), shard(0, "d", {"index": "@rows/0"})]}
+    delta = {"shards": [shard(1, "c", {"index": "@rows/0"}), shard(0, "d", {"index": "@rows/0"}, "same")]}
     found = read_arrays([(tmp_path, base), (tmp_path, delta)])
-    assert sorted(found) == ["other", "table"]
+    assert sorted(found) == ["other", "same", "table"]
+    assert np.array_equal(found["same"], other * 2)
     assert np.array_equal(found["table"], table * np.array([-1, 1, -1, 1, -1])[:, None])
     assert np.array_equal(found["other"], other + 1)
+
+
+def test_a_delta_leaves_out_arrays_that_are_the_same_objects_as_before(tmp_path: Path) -> None:
+    store, table, same = opened(tmp_path), np.zeros((100, 2)), np.arange(5.0)
+    for step in (1, 2, 3):
+        rows = None if step == 1 else np.array([step])
+        table[step] = step
+        values = table.copy() if rows is None else table[rows]
+        arrays: dict[str, Any] = {"same": same, "copy": same.copy(), "parts": [same, same + step]}
+        store.commit(
+            step,
+            arrays,
+            {"step": step},
+            tables={"table": [TableRows(rows, values)]},
+            cursor=[],
+            outputs=[],
+            volatile={},
+        )
+        found = store.load()
+        assert found is not None
+        expected = {"same": same, "copy": same, "parts": np.append(same, same + step), "table": table}
+        assert found.arrays.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found.arrays[name], array)
+        (shard,) = found.manifest["shards"]
+        assert shard["unchanged"] == ([] if step == 1 else ["same"])
 
 
 # Faults --------------------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from pipelines.attribution import Event, labels_as_of, rows
 from pipelines.events import CLICK, CONVERSION, IMPRESSION
@@ -17,6 +20,7 @@ from tests.label_logs import (
     END,
     POLICIES,
     Rule,
+    Run,
     arrivals_of,
     begins_of,
     in_arrival_order,
@@ -67,6 +71,44 @@ def test_joiner_restored_at_any_point_continues_identically(
     assert arrays.keys() == arrays_again.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, arrays_again[name], err_msg=name)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(data=st.data(), cuts=CUTS, taken=st.lists(st.booleans(), min_size=10, max_size=10))
+def test_changes_put_together_are_the_state(
+    policy: str, data: st.DataObject, cuts: list[int], taken: list[bool]
+) -> None:
+    rule = data.draw(rules(policy))
+    ordered = in_arrival_order(data.draw(logs(rule.tick)))
+    found, kept = Run(rule.joiner()), dict[str, NDArray[Any]]()
+    bounds = sorted({0, len(ordered), *(cut % (len(ordered) + 1) for cut in cuts)})
+    for number, (start, stop) in enumerate(pairwise(bounds)):
+        found.step(ordered[start:stop], ordered[stop - 1].arrival_time)
+        if taken[number % 10] or stop == len(ordered):
+            plain = put_together(kept, found.joiner)
+            arrays, expected = found.joiner.state()
+            assert plain == expected and kept.keys() == arrays.keys()
+            for name, array in arrays.items():
+                np.testing.assert_array_equal(kept[name], array, err_msg=name)
+
+
+def put_together(kept: dict[str, NDArray[Any]], joiner: Joiner) -> dict[str, Any]:
+    """Bring arrays up to date by what a joiner says has changed; its plain data."""
+    whole, columns, plain = joiner.take_changes()
+    kept.update(
+        {
+            name: np.concatenate(part) if isinstance(part, list) else part.copy()
+            for name, part in whole.items()
+        }
+    )
+    for name, parts in columns.items():
+        for part in parts:
+            if part.rows is None:
+                kept[name] = part.values.copy()
+            else:
+                kept[name][part.rows] = part.values
+    return plain
 
 
 @pytest.mark.parametrize("policy", POLICIES)
