@@ -23,7 +23,13 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def loop_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
-    """Everything that decides how the loop goes on, copied, so that the loop may run on meanwhile."""
+    """Everything that decides how the loop goes on, copied, so that the loop may run on meanwhile.
+
+    Raises
+    ------
+    StaleStateError
+        If frozen layers have changed since learning began: such a state must not be committed.
+    """
     arrays, plain = _rest_of_state(loop)
     for prefix, learner in _learners(loop):
         arrays.update({f"{prefix}/{name}": np.array(value) for name, value in learner.state().items()})
@@ -33,7 +39,8 @@ def loop_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
 def take_loop_changes(loop: OnlineLoop) -> tuple[Arrays, dict[str, TableRows], dict[str, Any]]:
     """The same, but of the learners' tables only the rows that changed since the last call.
 
-    The first call of a loop gives whole tables, and so does one after `load_loop_state`.
+    The first call of a loop gives whole tables, and so does one after `load_loop_state`. Raises as
+    `loop_state` does.
     """
     arrays, plain = _rest_of_state(loop)
     tables: dict[str, TableRows] = {}
@@ -65,7 +72,7 @@ def _rest_of_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
         "accounting": loop.accounting.state(),
         "progressive": loop.progressive.state(),
         "calibrators": {task: chain.state() for task, chain in loop.calibrators.items()},
-        "frozen": {task: student.frozen_digest() for task, student in loop.students.items()},
+        "frozen": _checked_frozen(loop),
         "replay": {},
     }
     for task, replay in loop.replay.items():
@@ -77,13 +84,26 @@ def _rest_of_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
     return arrays, plain
 
 
+def _checked_frozen(loop: OnlineLoop) -> dict[str, str]:
+    """Digests of the students' frozen layers as they are, known to be as they were."""
+    for task, student in loop.students.items():
+        found, expected = student.frozen_digest(), loop.frozen[task]
+        if found != expected:
+            raise StaleStateError(
+                f"the frozen layers of the {task} student have changed while it learned: expected the digest "
+                f"{expected}. Received: {found}.",
+                hint="nothing of this has been committed; start again from the last checkpoint",
+            )
+    return {str(task): digest for task, digest in loop.frozen.items()}
+
+
 def load_loop_state(loop: OnlineLoop, arrays: Arrays, plain: dict[str, Any]) -> None:
     """Put a loop where `loop_state` was taken.
 
     Raises
     ------
     StaleStateError
-        If the state was taken with other tasks, or frozen layers differ from those it was taken with.
+        If the state was taken with other tasks, or its frozen layers are not those the loop began with.
     """
     if tuple(plain["tasks"]) != loop.tasks:
         raise StaleStateError(
@@ -98,7 +118,7 @@ def load_loop_state(loop: OnlineLoop, arrays: Arrays, plain: dict[str, Any]) -> 
     loop.progressive = ProgressiveQuality.from_state(plain["progressive"])
     for task, student in loop.students.items():
         student.load_state(under(arrays, f"student/{task}/"))
-        if student.frozen_digest() != plain["frozen"][task]:
+        if not student.frozen_digest() == plain["frozen"][task] == loop.frozen[task]:
             raise StaleStateError(f"the frozen layers of the {task} student are not those of the checkpoint.")
         if task in loop.late_heads:
             loop.late_heads[task].load_state(under(arrays, f"late_head/{task}/"))
