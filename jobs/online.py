@@ -89,6 +89,8 @@ class OnlineLoop:
     tasks : tuple of str
         What is learned, in the order of `pipelines.joiner.TASKS`; empty until `begin`. Until then the loop
         only joins: it is warming up.
+    frozen : dict
+        By task, the digest of the student's frozen layers when learning began.
 
     Notes
     -----
@@ -110,6 +112,7 @@ class OnlineLoop:
         self.late_share: dict[Task, float] = {}
         self.delay: dict[Task, DelayCurve] = {}
         self.late_heads: dict[Task, LateHead] = {}
+        self.frozen: dict[Task, str] = {}
         self.joiner = Joiner(
             config.attribution,
             [config.policy(task) for task in config.attribution.tasks],
@@ -170,6 +173,7 @@ class OnlineLoop:
         """
         self.tasks = tuple(students)
         self.students, self.calibrators = dict(students), dict(calibrators)
+        self.frozen = {task: student.frozen_digest() for task, student in students.items()}
         self.late_share = dict.fromkeys(self.tasks, 1.0) | dict(late_share or {})
         self.delay = dict(delay or {})
         self.late_heads = {

@@ -17,13 +17,19 @@ from monitoring.accounting import Accounting
 from pipelines.errors import StaleStateError
 from pipelines.table_rows import Array, TableRows
 
-__all__ = ["load_loop_state", "loop_state", "take_loop_changes", "under"]
+__all__ = ["collect_loop_changes", "load_loop_state", "loop_state", "take_loop_changes", "under"]
 
 Arrays = dict[str, NDArray[Any]]
 
 
 def loop_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
-    """Everything that decides how the loop goes on, copied, so that the loop may run on meanwhile."""
+    """Everything that decides how the loop goes on, copied, so that the loop may run on meanwhile.
+
+    Raises
+    ------
+    StaleStateError
+        If frozen layers have changed since learning began: such a state must not be committed.
+    """
     arrays, plain = _rest_of_state(loop)
     joiner_arrays, plain["joiner"] = loop.joiner.state()
     arrays.update({f"joiner/{name}": np.array(value) for name, value in joiner_arrays.items()})
@@ -37,7 +43,8 @@ def take_loop_changes(
 ) -> tuple[dict[str, Array], dict[str, list[TableRows]], dict[str, Any]]:
     """The same, but of tables and of the joiner's columns only the rows that changed since the last call.
 
-    The first call of a loop gives whole tables, and so does one after `load_loop_state`.
+    The first call of a loop gives whole tables, and so does one after `load_loop_state`. Raises as
+    `loop_state` does.
     """
     rest, plain = _rest_of_state(loop)
     arrays: dict[str, Array] = dict(rest)
@@ -49,6 +56,12 @@ def take_loop_changes(
         arrays.update({f"{prefix}/{name}": value for name, value in whole.items()})
         tables.update({f"{prefix}/{name}": rows for name, rows in changed.items()})
     return arrays, tables, plain
+
+
+def collect_loop_changes(loop: OnlineLoop, limit: int) -> None:
+    """Copy some changed rows ahead of `take_loop_changes`: at most so many of each table."""
+    for _, learner in _learners(loop):
+        learner.collect_changes(limit)
 
 
 def _learners(loop: OnlineLoop) -> Iterator[tuple[str, Student | LateHead]]:
@@ -72,7 +85,7 @@ def _rest_of_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
         "accounting": loop.accounting.state(),
         "progressive": loop.progressive.state(),
         "calibrators": {task: chain.state() for task, chain in loop.calibrators.items()},
-        "frozen": {task: student.frozen_digest() for task, student in loop.students.items()},
+        "frozen": _checked_frozen(loop),
         "replay": {},
     }
     for task, replay in loop.replay.items():
@@ -82,13 +95,26 @@ def _rest_of_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
     return arrays, plain
 
 
+def _checked_frozen(loop: OnlineLoop) -> dict[str, str]:
+    """Digests of the students' frozen layers as they are, known to be as they were."""
+    for task, student in loop.students.items():
+        found, expected = student.frozen_digest(), loop.frozen[task]
+        if found != expected:
+            raise StaleStateError(
+                f"the frozen layers of the {task} student have changed while it learned: expected the digest "
+                f"{expected}. Received: {found}.",
+                hint="nothing of this has been committed; start again from the last checkpoint",
+            )
+    return {str(task): digest for task, digest in loop.frozen.items()}
+
+
 def load_loop_state(loop: OnlineLoop, arrays: Arrays, plain: dict[str, Any]) -> None:
     """Put a loop where `loop_state` was taken.
 
     Raises
     ------
     StaleStateError
-        If the state was taken with other tasks, or frozen layers differ from those it was taken with.
+        If the state was taken with other tasks, or its frozen layers are not those the loop began with.
     """
     if tuple(plain["tasks"]) != loop.tasks:
         raise StaleStateError(
@@ -103,7 +129,7 @@ def load_loop_state(loop: OnlineLoop, arrays: Arrays, plain: dict[str, Any]) -> 
     loop.progressive = ProgressiveQuality.from_state(plain["progressive"])
     for task, student in loop.students.items():
         student.load_state(under(arrays, f"student/{task}/"))
-        if student.frozen_digest() != plain["frozen"][task]:
+        if not student.frozen_digest() == plain["frozen"][task] == loop.frozen[task]:
             raise StaleStateError(f"the frozen layers of the {task} student are not those of the checkpoint.")
         if task in loop.late_heads:
             loop.late_heads[task].load_state(under(arrays, f"late_head/{task}/"))

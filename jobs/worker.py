@@ -12,7 +12,8 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import numpy as np
 from jobs.checkpoint import CheckpointStore
 from jobs.commit_thread import CommitThread
 from jobs.online import OnlineLoop
-from jobs.online_state import load_loop_state
+from jobs.online_state import collect_loop_changes, load_loop_state
 from jobs.predictions import PredictionLog
 from jobs.prepared import PreparedBlock, StepEvents, prepare
 from jobs.publishing import FirstReleases, Learned, load_first
@@ -47,6 +48,9 @@ log = logging.getLogger(__name__)
 # A step that is not full is run all the same after this long without new rows.
 _LINGER_S = 0.25
 _POLL_ROWS = 8192
+# Just before a commit is due, what changed is copied in small parts: one pause becomes several short ones.
+_COLLECT_AHEAD_S = 0.5
+_COLLECT_ROWS = 16_384
 _REPORT_EVERY_S = 5.0
 # Pauses that the report looks back on.
 _PAUSES = 1000
@@ -180,32 +184,45 @@ class Worker:
         now = self._clock()
         if self._thread.is_free():
             self._tell()
-            if now - self._last_commit >= self.config.stream.publish_every / 1000:
+            every = self.config.stream.publish_every / 1000
+            due_in = self._last_commit + every - now
+            if due_in <= 0:
                 self._begin_commit()
                 self._last_commit = self._clock()
+            elif due_in <= min(_COLLECT_AHEAD_S, every / 2):
+                with self._paused():
+                    collect_loop_changes(self.loop, _COLLECT_ROWS)
         if now - self._last_report >= _REPORT_EVERY_S:
             self._report(now - self._last_report, self.loop.step_number - self._reported_step)
             self._last_report, self._reported_step = now, self.loop.step_number
 
     def _begin_commit(self) -> None:
         """Copy what changed since the last commit; the rest is done while the loop runs on."""
-        began = time.perf_counter()
         step, loop = self.loop.step_number, None
         if self.loop.tasks and step != self._cut_step:
-            loop = LoopCut.take(
-                self.loop,
-                self._cut_step,
-                self.predictions.take(),
-                sorted(self._produced.items()),
-                # The cursor is part of what is compared: equal digests mean equal state at the same rows.
-                cursor=self.cursor.to_state(),
-                first_release=self.first.student.digest(),
-            )
+            with self._paused():
+                loop = self._cut_loop()
             self._produced, self._cut_step, self._is_untold = {}, step, True
         cut, self._letters = Cut(self._letters, self.cursor, loop), []
         self._thread.start(lambda: self.commits.commit(cut, self.source))
-        if loop is not None:
-            self.pauses_ms.append((time.perf_counter() - began) * 1000)
+
+    def _cut_loop(self) -> LoopCut:
+        return LoopCut.take(
+            self.loop,
+            self._cut_step,
+            self.predictions.take(),
+            sorted(self._produced.items()),
+            # The cursor is part of what is compared: equal digests mean equal state at the same rows.
+            cursor=self.cursor.to_state(),
+            first_release=self.first.student.digest(),
+        )
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Take note of how long learning stands still."""
+        began = time.perf_counter()
+        yield
+        self.pauses_ms.append((time.perf_counter() - began) * 1000)
 
     def _tell(self) -> None:
         """Log a commit that has succeeded."""

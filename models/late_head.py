@@ -72,6 +72,10 @@ class LateHead:
         """Weights and optimizer slots: copies, exact."""
         return self._student.state()
 
+    def collect_changes(self, limit: int) -> None:
+        """See `Student.collect_changes`."""
+        self._student.collect_changes(limit)
+
     def take_changes(self) -> tuple[dict[str, NDArray[np.generic]], dict[str, list[TableRows]]]:
         """What changed of the state since the last call: see `Student.take_changes`."""
         return self._student.take_changes()

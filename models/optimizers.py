@@ -1,95 +1,31 @@
-"""Two optimizers whose state is plain arrays: Adagrad for the rows of a batch, Adam for small layers."""
+"""Which optimizer the tables have, and Adam for the small layers; the state of all is plain arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Adam", "TableAdagrad"]
+from models.lazy_adam import LazyAdam
+from models.rowwise_adagrad import RowwiseAdagrad
+from models.table_adagrad import TableAdagrad
+from models.table_ftrl import TableFtrl
+from models.table_optimizer import TableOptimizer
+from pipelines.config_sections import StudentConfig
+
+__all__ = ["Adam", "table_optimizer"]
 
 
-class TableAdagrad:
-    """Adagrad that touches only the table rows of the batch.
-
-    The gradients of a row are *summed* over the batch, not averaged: what one event does to the row of its
-    user is then the same in a batch of 256 and in a last batch of 3. A row that has not been touched for a
-    day is left exactly as it was; the first step of a new row has the full learning rate.
-
-    Parameters
-    ----------
-    table : Tensor, shape (rows, d) or (rows,)
-        Updated in place. Row 0 is padding and stays zero.
-    learning_rate : float
-    initial_accumulator : float
-        First value of the sum of squared gradients: the smaller, the larger the first steps of a row.
-    l2 : float
-        Pull towards zero of the rows touched, in units of one row's gradient.
-
-    Examples
-    --------
-    >>> table = torch.zeros(4)
-    >>> TableAdagrad(table, learning_rate=0.1, initial_accumulator=0.0, l2=0.0).step(
-    ...     torch.tensor([1, 3, 3]), torch.tensor([2.0, 1.0, 1.0]))
-    >>> [round(value, 4) for value in table.tolist()]
-    [0.0, -0.1, 0.0, -0.1]
-    """
-
-    def __init__(self, table: Tensor, *, learning_rate: float, initial_accumulator: float, l2: float) -> None:
-        self._table = table
-        self._learning_rate = learning_rate
-        self._initial = initial_accumulator
-        self._l2 = l2
-        self.accumulator = torch.full_like(table, initial_accumulator)
-        # Sums duplicates without a sort: all zero between steps, so not part of the state.
-        self._scratch = torch.zeros_like(table)
-        self._touched = torch.zeros(len(table), dtype=torch.bool)
-        self._all_touched = True
-
-    def reset(self) -> None:
-        """Forget all gradients seen."""
-        self.accumulator.fill_(self._initial)
-        self.touch_all()
-
-    def touch_all(self) -> None:
-        """Count every row as changed: whoever writes the table or the slots by other means says so."""
-        self._all_touched = True
-
-    def take_touched(self) -> NDArray[np.int64] | None:
-        """Rows that have changed since the last call, ascending; None if all may have."""
-        # Much faster than torch's nonzero.
-        rows = None if self._all_touched else np.flatnonzero(self._touched.numpy())
-        self._all_touched = False
-        self._touched.zero_()
-        return rows
-
-    def step(self, rows: Tensor, gradient: Tensor) -> None:
-        """One update.
-
-        Parameters
-        ----------
-        rows : Tensor of int64, shape (m,)
-            Rows of the table, with repetitions.
-        gradient : Tensor, shape (m, d) or (m,)
-            Of the sum of the loss, for each entry of ``rows``.
-        """
-        scratch = self._scratch
-        scratch.index_add_(0, rows, gradient)
-        total = scratch.index_select(0, rows)
-        scratch.index_fill_(0, rows, 0.0)
-        old = self._table.index_select(0, rows)
-        if self._l2:
-            total.add_(old, alpha=self._l2)
-        squares = self.accumulator.index_select(0, rows).addcmul_(total, total)
-        # Repetitions of a row write the same value, so the order of the copies does not matter.
-        self.accumulator.index_copy_(0, rows, squares)
-        new = old.addcdiv_(total, squares.sqrt_().clamp_(min=1e-12), value=-self._learning_rate)
-        self._table.index_copy_(0, rows, new)
-        self._table[0] = 0.0
-        self._touched.index_fill_(0, rows, True)
+def table_optimizer(table: Tensor, config: StudentConfig) -> TableOptimizer:
+    """The optimizer that the configuration names, for one table."""
+    rate, first, l2 = config.learning_rate, config.initial_accumulator, config.l2
+    if config.optimizer == "lazy_adam":
+        return LazyAdam(table, learning_rate=rate, l2=l2)
+    if config.optimizer == "ftrl":
+        return TableFtrl(table, learning_rate=rate, initial_accumulator=first, l1=config.l1, l2=l2)
+    adagrad = RowwiseAdagrad if config.optimizer == "rowwise_adagrad" else TableAdagrad
+    return adagrad(table, learning_rate=rate, initial_accumulator=first, l2=l2)
 
 
 class Adam:

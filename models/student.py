@@ -16,7 +16,8 @@ from torch import Tensor
 
 from models.learn_batch import LearnBatch
 from models.network import Layout, forward, initial_table, initial_weights, layer_of
-from models.optimizers import Adam, TableAdagrad
+from models.optimizers import Adam, table_optimizer
+from models.table_optimizer import TableOptimizer
 from models.warm_up import WarmUp, warm_up
 from pipelines.config_sections import StudentConfig
 from pipelines.errors import StaleStateError
@@ -60,7 +61,7 @@ class Student:
         self.steps = 0
         self.rows_learned = 0
         # Made when first needed: a served student never learns, and the slots are as large as the tables.
-        self._tables: dict[str, TableAdagrad] | None = None
+        self._tables: dict[str, TableOptimizer] | None = None
         self._small: Adam | None = None
 
     @classmethod
@@ -134,17 +135,11 @@ class Student:
             )
         self.weights["bias"] -= _BIAS_RATE * float(gradient.sum())
 
-    def table_optimizers(self) -> dict[str, TableAdagrad]:
-        """Adagrad of each table."""
+    def table_optimizers(self) -> dict[str, TableOptimizer]:
+        """The optimizer of each table."""
         if self._tables is None:
             self._tables = {
-                name: TableAdagrad(
-                    self.weights[name],
-                    learning_rate=self.config.learning_rate,
-                    initial_accumulator=self.config.initial_accumulator,
-                    l2=self.config.l2,
-                )
-                for name in self.layout.tables
+                name: table_optimizer(self.weights[name], self.config) for name in self.layout.tables
             }
         return self._tables
 
@@ -206,13 +201,16 @@ class Student:
         """
         tensors, tables = self._tensors(), {}
         for table, optimizer in self.table_optimizers().items():
-            rows = optimizer.take_touched()
-            for name in (f"weights/{table}", f"accumulator/{table}"):
-                values = tensors.pop(name).numpy()
-                changed = values.copy() if rows is None else values.take(rows, axis=0)
-                tables[name] = [TableRows(rows, changed)]
+            for name, parts in optimizer.take_changes().items():
+                del tensors[f"{name}/{table}"]
+                tables[f"{name}/{table}"] = parts
         whole = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
         return {**whole, "counters": self._counters()}, tables
+
+    def collect_changes(self, limit: int) -> None:
+        """Copy some changed rows ahead of `take_changes`: at most so many of each table."""
+        for optimizer in self.table_optimizers().values():
+            optimizer.collect(limit)
 
     def load_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
         """Continue from what ``state`` gave.
@@ -302,7 +300,11 @@ class Student:
         small = self.small_optimizer()
         return {
             **{f"weights/{name}": weight for name, weight in self.weights.items()},
-            **{f"accumulator/{name}": table.accumulator for name, table in self.table_optimizers().items()},
+            **{
+                f"{slot}/{name}": values
+                for name, optimizer in self.table_optimizers().items()
+                for slot, values in optimizer.slots.items()
+            },
             **{f"mean/{name}": slot for name, slot in small.mean.items()},
             **{f"square/{name}": slot for name, slot in small.square.items()},
         }

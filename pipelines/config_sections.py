@@ -187,21 +187,32 @@ class TeacherConfig(Section):
 
 
 class StudentConfig(Section):
-    """The model that learns online."""
+    """The model that learns online.
+
+    ``optimizer`` moves embeddings and first-order weights. ``l1`` is for ``ftrl`` alone;
+    ``initial_accumulator`` is not for ``lazy_adam``.
+    """
 
     model: Literal["lr", "fm", "deepfm", "dcn"] = "deepfm"
     frozen: tuple[Literal["cross", "dense"], ...] = ("cross", "dense")
-    optimizer: Literal["adagrad"] = "adagrad"
+    optimizer: Literal["adagrad", "rowwise_adagrad", "ftrl", "lazy_adam"] = "adagrad"
     batch_rows: int = Field(default=256, ge=1)
     learning_rate: float = Field(default=0.1, gt=0)
     embedding_dim: int = Field(default=8, ge=1)
     hidden: tuple[int, ...] = (64, 32)
     cross_layers: int = Field(default=2, ge=1)
+    l1: float = Field(default=0.0, ge=0)
     l2: float = Field(default=0.1, ge=0)
     initial_accumulator: float = Field(default=0.01, gt=0)
     dense_learning_rate: float = Field(default=0.002, gt=0)
     warmup_epochs: int = Field(default=3, ge=1)
     seed: int = 17
+
+    @model_validator(mode="after")
+    def _l1_is_for_ftrl(self) -> StudentConfig:
+        if self.l1 and self.optimizer != "ftrl":
+            raise ValueError(f'l1 needs optimizer = "ftrl". Got l1 = {self.l1} with "{self.optimizer}"')
+        return self
 
 
 class ReplayConfig(Section):

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from models.base import sigmoid
 from models.losses import cured_log_loss
 from models.network import Layout, forward, initial_weights
-from models.optimizers import Adam, TableAdagrad
+from models.optimizers import Adam
 from models.student import LearnBatch, Student
 from pipelines.config_sections import StudentConfig
 from pipelines.errors import ConfigError, DataError, StaleStateError
@@ -208,22 +208,6 @@ def test_one_update_steps_along_the_gradient_of_the_whole_network(model: str, sp
         assert not torch.equal(student.weights[name], before[name])
 
 
-def test_table_adagrad_equals_dense_adagrad_of_torch_on_repeated_rows() -> None:
-    table = torch.randn(10, 3, generator=torch.Generator().manual_seed(1))
-    table[0] = 0.0
-    reference = torch.nn.Parameter(table.clone())
-    ours = TableAdagrad(table, learning_rate=0.1, initial_accumulator=0.3, l2=0.0)
-    theirs = torch.optim.Adagrad([reference], lr=0.1, initial_accumulator_value=0.3, eps=0.0)
-    noise = torch.Generator().manual_seed(2)
-    for _ in range(5):
-        rows = torch.randint(1, 10, (20,), generator=noise)
-        gradient = torch.randn(20, 3, generator=noise)
-        ours.step(rows, gradient)
-        reference.grad = torch.zeros(10, 3).index_add_(0, rows, gradient)
-        theirs.step()
-    torch.testing.assert_close(table, reference.detach(), rtol=1e-5, atol=1e-6)
-
-
 def test_adam_equals_adam_of_torch() -> None:
     weight = torch.tensor([1.0, -2.0])
     reference = torch.nn.Parameter(weight.clone())
@@ -341,7 +325,7 @@ def test_label_that_is_not_a_number_is_refused_and_changes_nothing() -> None:
     with pytest.raises(DataError, match="row 4"):
         student.learn(batch_of(random_rows(SPEC, 10), label))
     with pytest.raises(ConfigError, match="policy"):
-        student.learn(batch_of(random_rows(SPEC, 10), learn_labels(10), policy="deferred"))
+        student.learn(batch_of(random_rows(SPEC, 10), learn_labels(10), policy="none"))
     for key, value in student.state().items():
         np.testing.assert_array_equal(value, before[key])
 
