@@ -54,7 +54,8 @@ class BlockHashes:
 
     def rehash(self, rows: NDArray[np.int64]) -> None:
         """Take note that the given rows have changed."""
-        self._hash(np.unique(rows // self._rows_a_block))
+        if len(self._hashes):  # rows without columns have no blocks
+            self._hash(np.unique(rows // self._rows_a_block))
 
     def digest(self) -> bytes:
         """Of the array as a whole."""
