@@ -83,6 +83,8 @@ class CheckpointStore:
         self.folder = root / "checkpoints"
         self._database = root / "head.sqlite"
         self.epoch = 0
+        self._loaded: str | None = None
+        self._corrupt: list[str] = []
 
     def open(self) -> None:
         """Create what is missing and take the lease: any worker that held it before is fenced.
@@ -183,6 +185,7 @@ class CheckpointStore:
         if not is_ours:
             shutil.rmtree(self.folder / name, ignore_errors=True)
             raise self._fenced()
+        self._loaded = name
         self._collect(name)
         return digest
 
@@ -200,10 +203,14 @@ class CheckpointStore:
         problems = []
         for name in [known for known in reversed(self.names()) if known <= head]:
             try:
-                return self.read(name)
+                found = self.read(name)
             except StaleStateError as error:
                 log.error("%s: going back to the checkpoint before it", error.message)
                 problems.append(error.message)
+                self._corrupt.append(name)
+            else:
+                self._loaded = name
+                return found
         raise StaleStateError(
             f"no intact checkpoint in {self.folder}: " + "; ".join(problems or [f"{head} is missing"]),
             hint="restore the folder from a backup, or start a new one from a release",
@@ -271,7 +278,8 @@ class CheckpointStore:
             "format": FORMAT,
             "step": step,
             "epoch": self.epoch,
-            "parent": self.head(),
+            # Not the head where that was corrupt.
+            "parent": self._loaded or self.head(),
             "digest": digest,
             "cursor": cursor,
             "outputs": outputs,
@@ -330,6 +338,10 @@ class CheckpointStore:
                 shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _collect(self, newest: str) -> None:
+        # Nobody goes back to a corrupt one, so it must not take the place of one that is intact.
+        for name in self._corrupt:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+        self._corrupt = []
         for name in [known for known in self.names() if known <= newest][: -self.keep]:
             shutil.rmtree(self.folder / name, ignore_errors=True)
 

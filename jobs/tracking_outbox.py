@@ -50,6 +50,8 @@ class TrackingOutbox:
         on with what that one left.
     uri, experiment, registered_model : str
         See `jobs.tracking.Tracking`. With an empty ``uri`` nothing is recorded.
+    patience_s : float
+        How long to wait for another process that writes to that folder and is about to end.
 
     Raises
     ------
@@ -67,7 +69,15 @@ class TrackingOutbox:
             run.log_metrics([("quality/ne", 0.81, 12, 1_700_000_000_000)])
     """
 
-    def __init__(self, folder: Path, uri: str, experiment: str, registered_model: str = "ctrstream") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        uri: str,
+        experiment: str,
+        registered_model: str = "ctrstream",
+        *,
+        patience_s: float = 0.0,
+    ) -> None:
         self.folder = folder.absolute()
         self.uri = uri
         self._target = (uri, experiment, registered_model)
@@ -83,15 +93,23 @@ class TrackingOutbox:
             raise SetupError(
                 f"the folder {self.folder} is not writable: {error.strerror}.", hint="choose another folder"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise StaleStateError(f"another process writes to the outbox {self.folder}.") from error
+        deadline = time.monotonic() + patience_s
+        while not self._is_ours():
+            if time.monotonic() >= deadline:
+                self._lock.close()
+                raise StaleStateError(f"another process writes to the outbox {self.folder}.")
+            time.sleep(_POLL_S)
         self._compact()
         self._file = os.open(self._records, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._end_torn_line()
         self._keep_draining()
+
+    def _is_ours(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     @property
     def _records(self) -> Path:

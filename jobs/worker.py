@@ -39,7 +39,7 @@ from jobs.steps import StepCutter
 from jobs.worker_tracking import WorkerTracking
 from pipelines.config import Config
 from pipelines.dead_letters import DeadLetterFile
-from pipelines.errors import StaleStateError, TransientError
+from pipelines.errors import SetupError, StaleStateError, TransientError
 from pipelines.events import TOPICS, DeadLetter, EventBlock
 from pipelines.joined import NegativeDelay
 from pipelines.kafka_source import Cursor, KafkaSource
@@ -114,9 +114,8 @@ class Worker:
 
     def run(self) -> None:
         """Consume until stopped, or until the end if that was asked for."""
-        running = {"pid": os.getpid(), "epoch": self.store.epoch, "since_ms": round(self._clock() * 1000)}
-        (self.state / "running.json").write_text(json.dumps(running), encoding="utf-8")
         try:
+            self._announce()
             self._consume()
             while not self._commit_or_wait():
                 time.sleep(_BROKER_RETRY_S)
@@ -169,6 +168,17 @@ class Worker:
         needed = (self.first.teacher.name, self.first.student.name)
         garbage_collect(self.releases, self.config.stream.keep_releases, needed)
         self.tracking.committed(self.loop, {"messages": float(self.source.lag())})
+
+    def _announce(self) -> None:
+        """Say in ``running.json`` who works here; a reader sees all of it or what was there before."""
+        running = {"pid": os.getpid(), "epoch": self.store.epoch, "since_ms": round(self._clock() * 1000)}
+        path = self.state / "running.json"
+        temporary = path.with_name(f".{path.name}")
+        try:
+            temporary.write_text(json.dumps(running), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise SetupError(f"cannot write {path}: {error.strerror}.", hint="make room") from error
 
     def _consume(self) -> None:
         """Each step is: predict, record, learn, calibrate; then, when it is time, commit and publish."""

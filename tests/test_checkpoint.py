@@ -128,6 +128,23 @@ def test_after_a_walk_back_the_next_commits_count(tmp_path: Path) -> None:
     assert (again.manifest["digest"], again.manifest["epoch"]) == (digest, 2)
 
 
+def test_after_a_walk_back_the_intact_checkpoint_is_the_parent_and_is_kept(tmp_path: Path) -> None:
+    store = opened(tmp_path, keep=2)
+    for step in (1, 2):
+        commit(store, step)
+    intact, corrupt = store.names()
+    damage(store.folder / corrupt / "state.json")
+    store = opened(tmp_path, keep=2)
+    store.load()
+    commit(store, 3)
+    head = store.head()
+    assert head is not None
+    assert store.names() == [intact, head]
+    assert store.manifest(head)["parent"] == intact
+    commit(store, 4)
+    assert store.manifest(store.names()[-1])["parent"] == head
+
+
 def test_what_never_counted_is_swept_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import subprocess
+import threading
 import sys
 import time
 from collections.abc import Iterator
@@ -397,6 +398,19 @@ def test_two_writers_on_one_outbox_are_refused(tmp_path: Path) -> None:
             TrackingOutbox(tmp_path, "http://127.0.0.1:9", "x")
     finally:
         outbox.close(0.0)
+
+
+def test_a_writer_with_patience_waits_for_the_one_that_is_about_to_end(tmp_path: Path) -> None:
+    first = TrackingOutbox(tmp_path, "http://127.0.0.1:9", "x")
+    first.append({"op": "finish", "run": "first", "status": "FINISHED"})
+    ending = threading.Timer(0.5, first.close, [0.0])
+    ending.start()
+    second = TrackingOutbox(tmp_path, "http://127.0.0.1:9", "x", patience_s=60.0)
+    try:
+        assert second.pending() == 1
+    finally:
+        second.close(0.0)
+        ending.join()
 
 
 def test_without_an_address_nothing_is_recorded(tmp_path: Path) -> None:

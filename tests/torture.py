@@ -227,13 +227,28 @@ def make_log(
     folder: Path,
     form: Literal["json", "packed"] = "json",
     fill: Callable[[Config], None] | None = None,
+    stop: int | None = None,
 ) -> Log:
-    """Send the log of a small run to topics of its own, or ``fill`` them, and read it undisturbed."""
+    """Send the log of a small run to topics of its own, or ``fill`` them, and read it undisturbed.
+
+    Parameters
+    ----------
+    small_run : SmallRun
+    bootstrap_servers, prefix : str
+        The broker, and what the names of the topics begin with.
+    folder : Path
+        For the undisturbed worker.
+    form : {"json", "packed"}
+    fill : callable, optional
+        Given the config, sends what is to be read.
+    stop : int, optional
+        Only the rows before this one.
+    """
     topics = {name: f"{prefix}-{name}" for name in (*TOPICS, "dead_letters")}
     kafka = KafkaConfig(bootstrap_servers=bootstrap_servers, topics=TopicsConfig(**topics), partitions=2)
     config = small_run.config.model_copy(update={"kafka": kafka})
     if fill is None:
-        produce(small_run.files, config, form=form)
+        produce(small_run.files, config, form=form, stop=stop)
     else:
         fill(config)
     reference = Life(small_run, settings(config, 200), folder).finish()
@@ -366,6 +381,7 @@ def command(seeds: int, first_seed: int, random_instants: int, broker_kills: int
     with tempfile.TemporaryDirectory(prefix="ctrstream-torture-") as name:
         folder = Path(name)
         click.echo("simulating a log, training the first models, starting a broker", err=True)
+        (folder / "small_run").mkdir()
         small_run = build_small_run(folder / "small_run")
         with Broker(folder / "broker").start() as broker:
             logs = [

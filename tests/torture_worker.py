@@ -161,7 +161,7 @@ def has_letters(owner: object, letters: Iterable[Any]) -> bool:
 
 
 def is_running_json(path: Path, *given: Any, **named: Any) -> bool:
-    return path.name == "running.json"
+    return path.name == ".running.json"
 
 
 def goes_into(folder: str) -> Call:
