@@ -21,6 +21,7 @@ __all__ = ["Broker", "ensure_topics"]
 
 _NAME = "kafka"
 _HEAP = "512m"
+_PORT_PATIENCE_S = 10.0  # for the port of the last start, which a killed broker may still hold
 _READY_TIMEOUT_S = 90.0  # about 3 s on an idle machine; a machine busy with tests takes several times that
 _STOP_GRACE_S = 20.0  # a clean stop takes about two seconds
 
@@ -166,11 +167,11 @@ class Broker:
         return int(match.group(1)) if match else None
 
     def _choose_port(self, port: int | None) -> int:
-        port = self._last_port() if port is None else port
-        if not port:
+        known = self._last_port() if port is None else port
+        if not known:
             return free_port(HOST)
-        check_port(port, HOST)
-        return port
+        check_port(known, HOST, _PORT_PATIENCE_S if port is None else 0.0)
+        return known
 
     def _configure(self, port: int) -> Path:
         controller_port = free_port(HOST)

@@ -61,14 +61,32 @@ def free_port(host: str = "127.0.0.1") -> int:
     )
 
 
-def check_port(port: int, host: str = "127.0.0.1") -> None:
+def check_port(port: int, host: str = "127.0.0.1", patience_s: float = 0.0) -> None:
     """Check that a server can listen on a port.
+
+    Parameters
+    ----------
+    port : int
+    host : str
+    patience_s : float
+        How long to wait for it: a killed server's sockets may close a moment after it counts as dead.
 
     Raises
     ------
     SetupError
         If something listens there, or the address cannot be used.
     """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return _bind(port, host)
+        except SetupError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+
+
+def _bind(port: int, host: str) -> None:
     with socket.socket() as probe:
         # As servers do: without it, a port whose last connections are closing would count as taken.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -46,8 +46,8 @@ def json_object(values: Mapping[str, Column], numbers: Collection[str] = ()) -> 
 def json_number(number: Column) -> Column:
     """A finite float64 as JSON: the shortest text that gives the number back; null stays null.
 
-    Java before version 19 writes one digit too many for a few numbers of 16 or 17 digits. The number is
-    the same.
+    Java before version 19 writes a digit or more too many for a few numbers of 16 or 17 digits, and for a few
+    beyond 2**53. The number is the same.
     """
     text = number.cast("string")
     mantissa = _without_zero(F.substring_index(text, "E", 1))

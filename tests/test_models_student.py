@@ -341,7 +341,7 @@ def test_label_that_is_not_a_number_is_refused_and_changes_nothing() -> None:
     with pytest.raises(DataError, match="row 4"):
         student.learn(batch_of(random_rows(SPEC, 10), label))
     with pytest.raises(ConfigError, match="policy"):
-        student.learn(batch_of(random_rows(SPEC, 10), learn_labels(10), policy="defer"))
+        student.learn(batch_of(random_rows(SPEC, 10), learn_labels(10), policy="deferred"))
     for key, value in student.state().items():
         np.testing.assert_array_equal(value, before[key])
 

@@ -96,7 +96,7 @@ def test_faults_do_not_change_the_world_behind_the_log(perfect: Simulation) -> N
 def test_tables_hold_the_contracts_columns_with_its_types(perfect: Simulation, kind: int) -> None:
     schema = contract_schema(kind)
     table = tables_of(perfect)[kind]
-    optional = {"propensity"}
+    optional = {"propensity", "credit"}
     assert set(schema.names) - set(table.column_names) <= optional
     for name in set(schema.names) & set(table.column_names):
         assert table.schema.field(name).type == schema.field(name).type, name
