@@ -54,5 +54,12 @@ def command(
         signal.signal(name, lambda number, frame: worker.stop())
     worker.run()
     click.echo(
-        json.dumps({"digest": worker.digest, "step": worker.loop.step_number, "release": worker.release})
+        json.dumps(
+            {
+                "digest": worker.digest,
+                "step": worker.loop.step_number,
+                "release": worker.release,
+                "pause_p99_ms": worker.pause_p99_ms(),
+            }
+        )
     )

@@ -1,16 +1,8 @@
 """The online worker: the loop fed by Kafka, with commits, releases and dead letters.
 
-Order matters. At a commit:
-
-1. Dead letters of the steps since the last commit are acknowledged by the broker, then written to the file.
-2. The segment of predictions is written.
-3. The checkpoint is written and the head moved: the commit point.
-4. A release is cut from exactly this state and ``CURRENT`` moved to it.
-5. Offsets are committed to the broker, for lag charts only.
-
-A crash before 3 repeats the steps since the last commit from the same cursors. Letters that the file holds
-are not sent again; a segment that no commit has named is removed; a release that a crash between 3 and 4 has
-prevented is cut at the next start. While the broker is away, 1 waits, and with it the commit.
+A commit is a copy of what changed, taken at a batch boundary; a thread makes it durable and publishes it
+while the next steps are learned (`jobs.worker_commit`). One is in flight at a time, and what goes wrong in it
+ends the worker at the next boundary.
 """
 
 from __future__ import annotations
@@ -19,6 +11,7 @@ import json
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -27,19 +20,21 @@ from typing import Any
 import numpy as np
 
 from jobs.checkpoint import CheckpointStore
+from jobs.commit_thread import CommitThread
 from jobs.online import OnlineLoop
-from jobs.online_state import load_loop_state, loop_state
+from jobs.online_state import load_loop_state
 from jobs.predictions import PredictionLog
 from jobs.prepared import PreparedBlock, StepEvents, prepare
-from jobs.publishing import FirstReleases, load_first, publish_student
-from jobs.release import garbage_collect, pointed
+from jobs.publishing import FirstReleases, Learned, load_first
+from jobs.release import pointed
 from jobs.release_manifest import parse_name
 from jobs.release_pointer import CURRENT, read_pointer
 from jobs.steps import StepCutter
+from jobs.worker_commit import FRESHNESS_RESOLUTION_MS, Commits, Cut, LoopCut
 from jobs.worker_tracking import WorkerTracking
 from pipelines.config import Config
 from pipelines.dead_letters import DeadLetterFile
-from pipelines.errors import SetupError, StaleStateError, TransientError
+from pipelines.errors import SetupError, StaleStateError
 from pipelines.events import TOPICS, DeadLetter, EventBlock
 from pipelines.joined import NegativeDelay
 from pipelines.kafka_source import Cursor, KafkaSource
@@ -52,9 +47,9 @@ log = logging.getLogger(__name__)
 # A step that is not full is run all the same after this long without new rows.
 _LINGER_S = 0.25
 _POLL_ROWS = 8192
-_FRESHNESS_RESOLUTION_MS = 100
 _REPORT_EVERY_S = 5.0
-_BROKER_RETRY_S = 1.0
+# Pauses that the report looks back on.
+_PAUSES = 1000
 
 
 class Worker:
@@ -86,88 +81,75 @@ class Worker:
         self._until_end = until_end
         self.first: FirstReleases = load_first(releases)
         self.config = config = self.first.settle(config)
-        self.store = CheckpointStore(state, keep=config.stream.keep_checkpoints)
+        self.store = CheckpointStore(state, keep=config.stream.keep_checkpoints, deltas=config.stream.deltas)
         self.store.open()
         self.loop = OnlineLoop(self.config)
         self.predictions = PredictionLog(state / "predictions")
         self.dead_letters = DeadLetterFile(state / "dead_letters.jsonl")
         self.tracking = WorkerTracking(config, state)
-        self.segments: list[str] = []
-        self.release = self.first.student.name
-        self.digest: str | None = None
+        self.commits = Commits(
+            self.store,
+            self.predictions,
+            self.dead_letters,
+            releases,
+            self.first,
+            self.loop,
+            keep_releases=config.stream.keep_releases,
+            clock=clock,
+        )
+        self.pauses_ms: deque[float] = deque(maxlen=_PAUSES)
+        self._thread = CommitThread()
         self._frozen = self.first.frozen()
         cursor = self._restore()
         self.source = KafkaSource(config.kafka, cursor, until_end=until_end)
         self.cursor: Cursor = self.source.cursor
         self._kinds = dict(zip(_topic_names(config), range(3), strict=True))
         self._cutter = StepCutter(self._prepare, config.student.batch_rows, self.first.warm_up_until)
-        self._committed_step = self.loop.step_number
+        self._cut_step = self.loop.step_number
         self._letters: list[DeadLetter] = []
         self._produced: dict[int, int] = {}
         self._last_commit = self._last_report = self._clock()
         self._reported_step = self.loop.step_number
-        self._is_stopping = False
+        self._is_stopping = self._is_untold = False
+
+    @property
+    def release(self) -> str:
+        """Name of the newest release."""
+        return self.commits.release
+
+    @property
+    def digest(self) -> str | None:
+        """Digest of the last committed state."""
+        return self.commits.digest
 
     def stop(self) -> None:
         """Finish the step at hand, commit and return from `run`."""
         self._is_stopping = True
+        self.commits.end()
+
+    def pause_p99_ms(self) -> float:
+        """How long learning stopped for a commit: 99th percentile of the last thousand, ms; 0 of none."""
+        return round(float(np.quantile(self.pauses_ms, 0.99)), 3) if self.pauses_ms else 0.0
 
     def run(self) -> None:
         """Consume until stopped, or until the end if that was asked for."""
         try:
             self._announce()
             self._consume()
-            while not self._commit_or_wait():
-                time.sleep(_BROKER_RETRY_S)
+            self._thread.wait()
+            self._begin_commit()
+            self._thread.wait()
+            self._tell()
             self.tracking.published(self.releases / self.release)
         finally:
             self.close()
 
     def close(self) -> None:
-        """Leave the broker and MLflow."""
+        """Leave the broker and MLflow, once no commit is in flight."""
+        self.commits.end()
+        self._thread.finish()
         self.source.close()
         self.tracking.close()
-
-    def commit(self) -> None:
-        """Make everything up to the last step durable, then publish it: see the module's order.
-
-        Raises
-        ------
-        TransientError
-            If the broker does not take dead letters: nothing has been committed, and it can be tried again.
-        StaleStateError
-            If another worker has taken over.
-        SetupError
-            If the disk refuses to take the state.
-        """
-        self.store.check_lease()
-        self._hand_over_letters()
-        if not self.loop.tasks or self.loop.step_number == self._committed_step:
-            return
-        segment = self.predictions.write_segment(
-            self._committed_step, self.loop.step_number, self.store.epoch
-        )
-        if segment is not None:
-            self.segments.append(segment)
-        arrays, plain = loop_state(self.loop)
-        # The cursor is part of what is compared: equal digests mean equal state at the same rows.
-        plain["cursor"] = self.cursor.to_state()
-        plain["first_release"] = self.first.student.digest()
-        produced, self._produced = sorted(self._produced.items()), {}
-        self.digest = self.store.commit(
-            self.loop.step_number,
-            arrays,
-            plain,
-            cursor=plain["cursor"],
-            outputs=self.segments,
-            volatile={"committed_at": self._clock(), "produced_at": produced},
-        )
-        self._committed_step = self.loop.step_number
-        self._publish(self.store.epoch, produced)
-        self.source.commit_offsets(self.cursor)
-        needed = (self.first.teacher.name, self.first.student.name)
-        garbage_collect(self.releases, self.config.stream.keep_releases, needed)
-        self.tracking.committed(self.loop, {"messages": float(self.source.lag())})
 
     def _announce(self) -> None:
         """Say in ``running.json`` who works here; a reader sees all of it or what was there before."""
@@ -206,45 +188,40 @@ class Worker:
 
     def _when_due(self) -> None:
         now = self._clock()
-        if now - self._last_commit >= self.config.stream.publish_every / 1000:
-            self._commit_or_wait()
-            self._last_commit = self._clock()
+        if self._thread.is_free():
+            self._tell()
+            if now - self._last_commit >= self.config.stream.publish_every / 1000:
+                self._begin_commit()
+                self._last_commit = self._clock()
         if now - self._last_report >= _REPORT_EVERY_S:
             self._report(now - self._last_report, self.loop.step_number - self._reported_step)
             self._last_report, self._reported_step = now, self.loop.step_number
 
-    def _commit_or_wait(self) -> bool:
-        """Commit; False if the broker is away and the commit has to wait."""
-        try:
-            self.commit()
-        except TransientError as error:
-            if self._is_stopping:
-                raise
-            log.warning("commit postponed: %s", error.message)
-            return False
-        return True
+    def _begin_commit(self) -> None:
+        """Copy what changed since the last commit; the rest is done while the loop runs on."""
+        began = time.perf_counter()
+        step, loop = self.loop.step_number, None
+        if self.loop.tasks and step != self._cut_step:
+            loop = LoopCut.take(
+                self.loop,
+                self._cut_step,
+                self.predictions.take(),
+                sorted(self._produced.items()),
+                # The cursor is part of what is compared: equal digests mean equal state at the same rows.
+                cursor=self.cursor.to_state(),
+                first_release=self.first.student.digest(),
+            )
+            self._produced, self._cut_step, self._is_untold = {}, step, True
+        cut, self._letters = Cut(self._letters, self.cursor, loop), []
+        self._thread.start(lambda: self.commits.commit(cut, self.source))
+        if loop is not None:
+            self.pauses_ms.append((time.perf_counter() - began) * 1000)
 
-    def _hand_over_letters(self) -> None:
-        letters = self.dead_letters.unwritten(self._letters)
-        self.source.publish_dead_letters(letters)
-        self.dead_letters.append(letters)
-        self._letters = []
-
-    def _publish(self, epoch: int, produced: list[tuple[int, int]]) -> None:
-        """Cut a release from the state of the last commit, which ``epoch`` has made."""
-        counts = {"resolution_ms": _FRESHNESS_RESOLUTION_MS, "counts": produced}
-        self.release = publish_student(
-            self.releases,
-            self.loop,
-            self.first,
-            epoch=epoch,
-            parent=self.release,
-            extra={
-                "state_digest": self.digest,
-                "published_at": round(self._clock() * 1000),
-                "produced_at": counts,
-            },
-        )
+    def _tell(self) -> None:
+        """Log a commit that has succeeded."""
+        if self._is_untold:
+            self.tracking.committed(self.loop, {"messages": float(self.source.lag())})
+            self._is_untold = False
 
     def _restore(self) -> Cursor | None:
         checkpoint = self.store.load()
@@ -266,10 +243,10 @@ class Worker:
             self.first.delay,
         )
         load_loop_state(self.loop, checkpoint.arrays, plain)
-        self.segments = list(checkpoint.manifest["outputs"])
-        self.predictions.keep_only(self.segments)
-        self.digest = checkpoint.manifest["digest"]
-        self.release = pointed(self.releases, CURRENT) or self.release
+        self.commits.segments = list(checkpoint.manifest["outputs"])
+        self.predictions.keep_only(self.commits.segments)
+        self.commits.digest = checkpoint.manifest["digest"]
+        self.commits.release = pointed(self.releases, CURRENT) or self.release
         log.info("restored step=%d checkpoint=%s", self.loop.step_number, checkpoint.path.name)
         self._publish_what_a_crash_prevented(checkpoint.manifest)
         return cursor
@@ -279,7 +256,7 @@ class Worker:
         committed = (manifest["epoch"], manifest["step"])
         if pointer is None or (not pointer.rollback and parse_name(pointer.name)[:2] < committed):
             produced = [(bucket, count) for bucket, count in manifest["volatile"]["produced_at"]]
-            self._publish(manifest["epoch"], produced)
+            self.commits.publish(Learned.now(self.loop), manifest["epoch"], produced)
 
     def _prepare(self, block: EventBlock) -> PreparedBlock:
         return prepare(block, self.first.student.spec, self.first.student.segments, self._frozen, self._kinds)
@@ -293,7 +270,7 @@ class Worker:
                 self.first.late_share,
                 self.first.delay,
             )
-            self._committed_step = self.loop.step_number
+            self._cut_step = self.loop.step_number
         result = self.loop.step(events)
         self.predictions.add(result.predicted, self.loop.tasks, self.release)
         self._letters += events.dead_letters
@@ -301,7 +278,7 @@ class Worker:
         self.cursor = self.source.advance(self.cursor, events.source)
         if self.loop.tasks and events.source.produced_at is not None:
             buckets, counts = np.unique(
-                events.source.produced_at // _FRESHNESS_RESOLUTION_MS, return_counts=True
+                events.source.produced_at // FRESHNESS_RESOLUTION_MS, return_counts=True
             )
             for bucket, count in zip(buckets.tolist(), counts.tolist(), strict=True):
                 self._produced[bucket] = self._produced.get(bucket, 0) + count
@@ -325,6 +302,7 @@ class Worker:
             "lag": self.source.lag(),
             "open_impressions": len(self.loop.joiner),
             "release": self.release,
+            "pause_p99_ms": self.pause_p99_ms(),
         }
         log.info("progress %s", " ".join(f"{name}={value}" for name, value in figures.items()))
 
