@@ -9,6 +9,7 @@ What MLflow refuses goes to ``rejected.jsonl`` and does not hold up the rest.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -122,12 +123,26 @@ class TrackingOutbox:
         return run
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one record; it survives this process, though not the machine."""
+        """Add one record; it survives this process, though not the machine.
+
+        Raises
+        ------
+        SetupError
+            If the disk does not take it.
+        """
         if not self.uri:
             return
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._mutex:
-            os.write(self._file, line)
+            try:
+                written = os.write(self._file, line)
+                if written < len(line):  # the last of the space; the next outbox ends the torn line
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise SetupError(
+                    f"cannot write to the outbox {self.folder}: {error.strerror}.",
+                    hint="make room and start again",
+                ) from error
             self._keep_draining()
 
     def pending(self) -> int:

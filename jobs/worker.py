@@ -155,8 +155,11 @@ class Worker:
         """Say in ``running.json`` who works here; a reader sees all of it or what was there before."""
         running = {"pid": os.getpid(), "epoch": self.store.epoch, "since_ms": round(self._clock() * 1000)}
         path = self.state / "running.json"
-        temporary = path.with_name(f".{path.name}")
+        # Of its own: a worker that is started at the same moment must not take it away.
+        temporary = self.state / f".running-{self.store.epoch}.json"
         try:
+            for leftover in self.state.glob(".running-*"):
+                leftover.unlink(missing_ok=True)
             temporary.write_text(json.dumps(running), encoding="utf-8")
             os.replace(temporary, path)
         except OSError as error:

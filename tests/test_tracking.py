@@ -8,8 +8,8 @@ import os
 import signal
 import sqlite3
 import subprocess
-import threading
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
