@@ -8,7 +8,10 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from jobs.commit_thread import CommitThread
+from jobs.online import OnlineLoop
 from jobs.single_thread import use_one_thread
 from jobs.tracking_outbox import TrackingOutbox
 from jobs.worker import Worker
@@ -18,6 +21,8 @@ from tests.torture_points import FULL_DISKS, KILLS, replace
 
 __all__ = ["TOLD", "Fault", "run"]
 
+# Steps learned beside a commit before the loop waits for it: a small log would be over after a few commits.
+_MOST_AHEAD = 2
 # Exit code of a worker that ended with an error meant for its user; 1 is one that nobody foresaw.
 TOLD = 70
 
@@ -50,6 +55,7 @@ def run(folder: Path, config: Config, fault: Fault | None, sends: bool) -> None:
     logging.basicConfig(level=logging.WARNING, force=True)
     logging.getLogger("jobs").setLevel(logging.INFO)
     use_one_thread()
+    stay_close()
     if not sends:
         replace(TrackingOutbox, "_keep_draining", lambda outbox: None)
         replace(TrackingOutbox, "close", functools.partialmethod(TrackingOutbox.close, timeout_s=0.0))
@@ -61,3 +67,25 @@ def run(folder: Path, config: Config, fault: Fault | None, sends: bool) -> None:
     except CtrstreamError as error:
         logging.getLogger(__name__).error("%s", error)
         sys.exit(TOLD)
+
+
+def stay_close() -> None:
+    """Let the loop wait for a commit that is still in flight some steps later."""
+    start, step = CommitThread.start, OnlineLoop.step
+    threads: list[CommitThread] = []
+    steps = 0
+
+    def started(thread: CommitThread, work: Any) -> None:
+        nonlocal steps
+        threads[:], steps = [thread], 0
+        start(thread, work)
+
+    def stepped(loop: OnlineLoop, events: Any) -> Any:
+        nonlocal steps
+        if threads and steps == _MOST_AHEAD:
+            threads[0].finish()
+        steps += 1
+        return step(loop, events)
+
+    replace(CommitThread, "start", started)
+    replace(OnlineLoop, "step", stepped)
