@@ -110,7 +110,9 @@ class Worker:
         self._produced: dict[int, int] = {}
         self._last_commit = self._last_report = self._clock()
         self._reported_step = self.loop.step_number
-        self._is_stopping = self._is_untold = False
+        self._is_stopping = False
+        # A crash may have come before the commit that was restored was told.
+        self._is_untold = cursor is not None
 
     @property
     def release(self) -> str:
@@ -221,7 +223,7 @@ class Worker:
             self.pauses_ms.append((time.perf_counter() - began) * 1000)
 
     def _tell(self) -> None:
-        """Log a commit that has succeeded."""
+        """Tell MLflow of a commit that has succeeded."""
         if self._is_untold:
             self.tracking.committed(self.loop, {"messages": float(self.source.lag())})
             self._is_untold = False

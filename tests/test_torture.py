@@ -96,11 +96,8 @@ def test_a_full_disk_ends_the_worker_with_a_message_and_changes_nothing(log: Log
     assert [found.met[name] for name in FULL_DISKS] == [4, 1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("file", ["shard-00000.safetensors", "MANIFEST.json"])
-def test_a_corrupt_newest_checkpoint_is_walked_back_from_to_the_same_end(
-    log: Log, tmp_path: Path, file: str
-) -> None:
-    assert with_a_corrupt_checkpoint(log, tmp_path, [file]).wrong == []
+def test_a_corrupt_newest_checkpoint_is_walked_back_from_to_the_same_end(log: Log, tmp_path: Path) -> None:
+    assert with_a_corrupt_checkpoint(log, tmp_path, ["shard-00000.safetensors", "MANIFEST.json"]).wrong == []
 
 
 def test_workers_started_beside_running_ones_fence_them_and_the_last_ends_the_same(
@@ -108,6 +105,15 @@ def test_workers_started_beside_running_ones_fence_them_and_the_last_ends_the_sa
 ) -> None:
     found = beside_each_other(log, tmp_path, 3)
     assert found.wrong == []
+
+
+def test_a_worker_killed_before_it_could_tell_mlflow_of_its_last_commit_tells_it_later(
+    log: Log, tmp_path: Path
+) -> None:
+    life = Life(log.small_run, settings(log.config, 3_600_000), tmp_path)
+    assert life.meets(Fault("commit done", 0), life.config) == -signal.SIGKILL
+    assert (life.committed() or {})["digest"] == log.reference.digest
+    assert life.finish().differences(log.reference) == []
 
 
 def test_with_mlflow_away_the_worker_learns_on_and_keeps_what_it_has_to_tell(

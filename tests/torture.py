@@ -166,14 +166,21 @@ def without_its_broker(log: Log, folder: Path, rng: np.random.Generator, broker:
 
 
 def with_a_corrupt_checkpoint(log: Log, folder: Path, files: Sequence[str]) -> Tortured:
-    """Kill a worker and change a bit of a file of its newest checkpoint, once for each file."""
+    """Kill a worker and change a bit of a file of its newest checkpoint, once for each file.
+
+    Of every other time the next worker is killed when it has just gone back.
+    """
     found, life = Tortured(), Life(log.small_run, settings(log.config, 1), folder)
-    for file in files:
-        code = life.meets(Fault("offsets committed", 4), life.config)
-        if code != -signal.SIGKILL:
-            found.wrong.append(f"{file} corrupt: exit code {code}: {life.said()[-600:]}")
-        life.corrupt(file)
-        found.met[f"{file} corrupt"] += 1
+    for number, file in enumerate(files):
+        planned = [Fault("offsets committed", 4), Fault("head moved", 0)][: 1 + number % 2]
+        for fault in planned:
+            code = life.meets(fault, life.config)
+            if code != -signal.SIGKILL:
+                found.wrong.append(f"{file} corrupt: exit code {code}: {life.said()[-600:]}")
+            found.met[fault.where] += 1
+            if fault is planned[0]:
+                life.corrupt(file)
+                found.met[f"{file} corrupt"] += 1
     found.end(life.finish(), log.reference)
     if life.said().count("going back to the checkpoint before it") < len(files):
         found.wrong.append(f"a corrupt checkpoint was not noticed: {life.said()[-600:]}")
