@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sqlite3
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -231,6 +233,23 @@ def test_a_full_disk_leaves_the_head_where_it_was_and_a_later_try_succeeds(
     found = store.load()
     assert found is not None
     assert found.manifest["step"] == 2
+
+
+def test_a_full_disk_while_going_back_is_one_clear_error_and_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path)
+    digests = [commit(store, step) for step in (1, 2)]
+    damage(store.folder / store.names()[1] / "state.json")
+    store = opened(tmp_path)
+    with monkeypatch.context() as patch:
+        error = sqlite3.OperationalError("database or disk is full")
+        patch.setattr(store, "_move_head", Mock(side_effect=error))
+        with pytest.raises(SetupError, match=r"cannot go back to checkpoint .* disk is full"):
+            store.load()
+    again = opened(tmp_path).load()
+    assert again is not None
+    assert again.manifest["digest"] == digests[0]
 
 
 def test_a_really_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
