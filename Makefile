@@ -2,7 +2,8 @@
 #
 #   PYTHON=python3.12      the interpreter to build .venv with (3.11 or newer)
 #   TORCH_BACKEND=cpu      take torch from PyTorch's own index instead of the package index: cpu, cu128, ... (see uv)
-#   ARGS='...'             further arguments for demo, test and the benchmarks
+#   ARGS='...'             further arguments for demo, test, torture and the benchmarks
+#   SEED=7                 which instants torture chooses
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -13,6 +14,7 @@ SHELL := bash
 PYTHON ?= python3
 TORCH_BACKEND ?=
 ARGS ?=
+SEED ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,7 +30,7 @@ NEED_INDEX := error: the Python package index cannot be reached: connect to the 
 NEED_INSTALL := error: installing stopped, for the reason above; if the package index cannot be reached, connect to the network or set UV_DEFAULT_INDEX to a mirror.
 NEED_BROWSER := error: the page tests need Chromium: install it (Debian, Ubuntu: apt-get install chromium).
 
-.PHONY: help setup setup-test setup-bench bench-stream demo test check format format-check lint types imports lock clean distclean
+.PHONY: help setup setup-test setup-bench bench-stream demo test torture check format format-check lint types imports lock clean distclean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z%-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -94,6 +96,9 @@ bench-%: setup-bench ## Run one comparison, as in `make bench-backtest`
 
 test: setup-test ## Run the tests, with Kafka, Spark, MLflow and a browser really running
 	$(BIN)/python -m pytest -q $(ARGS)
+
+torture: setup-test ## Kill the worker at every write point and at random instants, and compare what it leaves; SEED=7 chooses them
+	$(BIN)/python -m tests.torture --seed $(SEED) $(ARGS)
 
 check: format-check lint types imports test ## All that a change must pass
 

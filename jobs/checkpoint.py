@@ -200,6 +200,8 @@ class CheckpointStore:
         StaleStateError
             If checkpoints exist and none is intact, another version of ctrstream wrote the newest, or another
             worker has taken the lease.
+        SetupError
+            If the disk refuses to take the head back.
         """
         head = self.head()
         if head is None:
@@ -216,7 +218,12 @@ class CheckpointStore:
                 problems.append(error.message)
                 continue
             if name != head and self.epoch:
-                self._go_back(name)
+                try:
+                    self._go_back(name)
+                except (OSError, sqlite3.OperationalError) as error:
+                    raise SetupError(
+                        f"cannot go back to checkpoint {name} in {self.folder}: {error}.", hint="make room"
+                    ) from error
             return found
         raise StaleStateError(
             f"no intact checkpoint in {self.folder}: " + "; ".join(problems or [f"{head} is missing"]),

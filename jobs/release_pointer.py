@@ -89,6 +89,8 @@ def point(root: Path, alias: str, name: str, *, rollback: bool = False) -> None:
         If ``CURRENT`` would go back: another writer with a later epoch is at work.
     DataError
         If there is no such release.
+    SetupError
+        If the disk refuses the write.
     """
     _check_alias(alias)
     if not (root / name / MANIFEST).is_file():
@@ -103,7 +105,13 @@ def point(root: Path, alias: str, name: str, *, rollback: bool = False) -> None:
             )
         text = f"{name}\n{_ROLLBACK}\n" if rollback and goes_back else f"{name}\n"
         if before != name or read_pointer(root, alias) != Pointer(name, rollback and goes_back):
-            _replace(root / alias, text)
+            try:
+                _replace(root / alias, text)
+            except OSError as error:
+                raise SetupError(
+                    f"cannot move {alias} in {root} to {name}: {error.strerror}.",
+                    hint="make room, then try again",
+                ) from error
 
 
 def read_pointer(root: Path, alias: str) -> Pointer | None:
@@ -205,9 +213,12 @@ def _exclusive(root: Path) -> Iterator[None]:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     fsync_directory(path.parent)

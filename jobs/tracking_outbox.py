@@ -9,6 +9,7 @@ What MLflow refuses goes to ``rejected.jsonl`` and does not hold up the rest.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -50,6 +51,8 @@ class TrackingOutbox:
         on with what that one left.
     uri, experiment, registered_model : str
         See `jobs.tracking.Tracking`. With an empty ``uri`` nothing is recorded.
+    patience_s : float
+        How long to wait for another process that writes to that folder and is about to end.
 
     Raises
     ------
@@ -67,7 +70,15 @@ class TrackingOutbox:
             run.log_metrics([("quality/ne", 0.81, 12, 1_700_000_000_000)])
     """
 
-    def __init__(self, folder: Path, uri: str, experiment: str, registered_model: str = "ctrstream") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        uri: str,
+        experiment: str,
+        registered_model: str = "ctrstream",
+        *,
+        patience_s: float = 0.0,
+    ) -> None:
         self.folder = folder.absolute()
         self.uri = uri
         self._target = (uri, experiment, registered_model)
@@ -83,15 +94,23 @@ class TrackingOutbox:
             raise SetupError(
                 f"the folder {self.folder} is not writable: {error.strerror}.", hint="choose another folder"
             ) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._lock.close()
-            raise StaleStateError(f"another process writes to the outbox {self.folder}.") from error
+        deadline = time.monotonic() + patience_s
+        while not self._is_ours():
+            if time.monotonic() >= deadline:
+                self._lock.close()
+                raise StaleStateError(f"another process writes to the outbox {self.folder}.")
+            time.sleep(_POLL_S)
         self._compact()
         self._file = os.open(self._records, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._end_torn_line()
         self._keep_draining()
+
+    def _is_ours(self) -> bool:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
 
     @property
     def _records(self) -> Path:
@@ -104,12 +123,26 @@ class TrackingOutbox:
         return run
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one record; it survives this process, though not the machine."""
+        """Add one record; it survives this process, though not the machine.
+
+        Raises
+        ------
+        SetupError
+            If the disk does not take it.
+        """
         if not self.uri:
             return
         line = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         with self._mutex:
-            os.write(self._file, line)
+            try:
+                written = os.write(self._file, line)
+                if written < len(line):  # the last of the space; the next outbox ends the torn line
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                raise SetupError(
+                    f"cannot write to the outbox {self.folder}: {error.strerror}.",
+                    hint="make room and start again",
+                ) from error
             self._keep_draining()
 
     def pending(self) -> int:

@@ -35,7 +35,7 @@ from jobs.worker_commit import FRESHNESS_RESOLUTION_MS, Commits, Cut, LoopCut
 from jobs.worker_tracking import WorkerTracking
 from pipelines.config import Config
 from pipelines.dead_letters import DeadLetterFile
-from pipelines.errors import StaleStateError
+from pipelines.errors import SetupError, StaleStateError
 from pipelines.events import TOPICS, DeadLetter, EventBlock
 from pipelines.joined import NegativeDelay
 from pipelines.kafka_source import Cursor, KafkaSource
@@ -114,7 +114,9 @@ class Worker:
         self._produced: dict[int, int] = {}
         self._last_commit = self._last_report = self._clock()
         self._reported_step = self.loop.step_number
-        self._is_stopping = self._is_untold = False
+        self._is_stopping = False
+        # A crash may have come before the commit that was restored was told.
+        self._is_untold = cursor is not None
 
     @property
     def release(self) -> str:
@@ -137,9 +139,8 @@ class Worker:
 
     def run(self) -> None:
         """Consume until stopped, or until the end if that was asked for."""
-        running = {"pid": os.getpid(), "epoch": self.store.epoch, "since_ms": round(self._clock() * 1000)}
-        (self.state / "running.json").write_text(json.dumps(running), encoding="utf-8")
         try:
+            self._announce()
             self._consume()
             self._thread.wait()
             self._begin_commit()
@@ -155,6 +156,20 @@ class Worker:
         self._thread.finish()
         self.source.close()
         self.tracking.close()
+
+    def _announce(self) -> None:
+        """Say in ``running.json`` who works here; a reader sees all of it or what was there before."""
+        running = {"pid": os.getpid(), "epoch": self.store.epoch, "since_ms": round(self._clock() * 1000)}
+        path = self.state / "running.json"
+        # Of its own: a worker that is started at the same moment must not take it away.
+        temporary = self.state / f".running-{self.store.epoch}.json"
+        try:
+            for leftover in self.state.glob(".running-*"):
+                leftover.unlink(missing_ok=True)
+            temporary.write_text(json.dumps(running), encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError as error:
+            raise SetupError(f"cannot write {path}: {error.strerror}.", hint="make room") from error
 
     def _consume(self) -> None:
         """Each step is: predict, record, learn, calibrate; then, when it is time, commit and publish."""
@@ -225,7 +240,7 @@ class Worker:
         self.pauses_ms.append((time.perf_counter() - began) * 1000)
 
     def _tell(self) -> None:
-        """Log a commit that has succeeded."""
+        """Tell MLflow of a commit that has succeeded."""
         if self._is_untold:
             self.tracking.committed(self.loop, {"messages": float(self.source.lag())})
             self._is_untold = False

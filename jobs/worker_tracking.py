@@ -14,6 +14,8 @@ __all__ = ["WorkerTracking"]
 
 _FIGURES = ("rows", "positives", "log_loss", "ne", "pcoc")
 Metric = tuple[str, float, int, int]
+# A worker that was fenced lets go of the outbox after its next commit and half a minute for MLflow.
+_PATIENCE_S = 60.0
 
 
 class WorkerTracking:
@@ -32,7 +34,11 @@ class WorkerTracking:
     def __init__(self, config: Config, state: Path) -> None:
         tracking = config.tracking
         self._outbox = TrackingOutbox(
-            state / "outbox", tracking.uri, tracking.experiment, tracking.registered_model
+            state / "outbox",
+            tracking.uri,
+            tracking.experiment,
+            tracking.registered_model,
+            patience_s=_PATIENCE_S,
         )
         self._run = self._outbox.run(
             f"online worker {state.resolve().parent.name}/{state.name}",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 
@@ -22,7 +23,9 @@ class DeadLetterFile:
     """Dead letters, one JSON object a line; each position is written once.
 
     After a crash the same letters come again, as the rows since the last commit are read again; those that
-    are in the file are passed over. A line that a crash cut short is removed.
+    are in the file are passed over. A line that a crash cut short is removed. A worker that has been fenced,
+    and does not know it yet, may write beside the one that took over: each looks first at what the other has
+    added.
 
     Parameters
     ----------
@@ -46,6 +49,7 @@ class DeadLetterFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._written: set[Position] = set()
+        self._end = 0  # so far the file has been read
         if path.exists():
             self._read()
 
@@ -63,14 +67,17 @@ class DeadLetterFile:
 
     def append(self, letters: Iterable[DeadLetter]) -> int:
         """Add letters and make them durable; returns how many were new."""
-        new = self.unwritten(letters)
-        if not new:
+        letters = self.unwritten(letters)
+        if not letters:
             return 0
         try:
-            with self.path.open("ab") as file:
+            with self.path.open("ab+") as file:
+                self._catch_up(file)
+                new = self.unwritten(letters)
                 file.write(b"".join(letter_value(letter) + b"\n" for letter in new))
                 file.flush()
                 os.fsync(file.fileno())
+                self._end = file.tell()
         except OSError as error:
             raise SetupError(f"cannot write dead letters to {self.path}: {error.strerror}.") from error
         self._written |= {_position(letter) for letter in new}
@@ -78,18 +85,28 @@ class DeadLetterFile:
 
     def _read(self) -> None:
         try:
-            content = self.path.read_bytes()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.truncate(self.path, whole)
-            for line in content[:whole].splitlines():
-                self._written.add(_position(DeadLetter(**orjson.loads(line))))
+            with self.path.open("rb+") as file:
+                self._catch_up(file)
         except OSError as error:
             raise SetupError(f"cannot read the dead letters in {self.path}: {error.strerror}.") from error
+
+    def _catch_up(self, file: IO[bytes]) -> None:
+        """Read what was added since the last look; the file is ours until it is closed."""
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(self._end)
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(self._end + whole)
+        try:
+            found = {_position(DeadLetter(**orjson.loads(line))) for line in content[:whole].splitlines()}
         except (ValueError, TypeError) as error:
             raise SetupError(
                 f"{self.path} holds something other than dead letters: {error}.", hint="move it away"
             ) from error
+        self._written |= found
+        self._end += whole
+        file.seek(self._end)
 
 
 def letter_key(letter: DeadLetter) -> bytes:

@@ -9,6 +9,7 @@ import os
 import sqlite3
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -193,6 +194,23 @@ def test_a_collection_that_the_disk_refuses_does_not_undo_a_commit(
     assert [int(name[:12]) for name in store.names()] == [3, 4]
 
 
+def test_after_a_walk_back_the_intact_checkpoint_is_the_parent_and_is_kept(tmp_path: Path) -> None:
+    store = opened(tmp_path, keep=2)
+    for step in (1, 2):
+        commit(store, step)
+    intact, corrupt = store.names()
+    damage(store.folder / corrupt / "state.json")
+    store = opened(tmp_path, keep=2)
+    store.load()
+    commit(store, 3)
+    head = store.head()
+    assert head is not None
+    assert store.names() == [intact, head]
+    assert store.manifest(head)["parent"] == intact
+    commit(store, 4)
+    assert store.manifest(store.names()[-1])["parent"] == head
+
+
 def test_what_never_counted_is_swept_at_the_next_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,6 +297,23 @@ def test_a_full_disk_leaves_the_head_where_it_was_and_a_later_try_succeeds(
     found = store.load()
     assert found is not None
     assert found.manifest["step"] == 2
+
+
+def test_a_full_disk_while_going_back_is_one_clear_error_and_can_be_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path)
+    digests = [commit(store, step) for step in (1, 2)]
+    damage(store.folder / store.names()[1] / "state.json")
+    store = opened(tmp_path)
+    with monkeypatch.context() as patch:
+        error = sqlite3.OperationalError("database or disk is full")
+        patch.setattr(store, "_move_head", Mock(side_effect=error))
+        with pytest.raises(SetupError, match=r"cannot go back to checkpoint .* disk is full"):
+            store.load()
+    again = opened(tmp_path).load()
+    assert again is not None
+    assert again.manifest["digest"] == digests[0]
 
 
 def test_a_really_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,17 @@ def test_a_line_cut_short_by_a_crash_is_removed_and_written_again(tmp_path: Path
     assert offsets(path) == [("clicks", 1, 0), ("clicks", 2, 0)]
 
 
+def test_two_writers_at_once_write_each_letter_once(tmp_path: Path) -> None:
+    path = tmp_path / "dead_letters.jsonl"
+    first, second = DeadLetterFile(path), DeadLetterFile(path)
+    assert first.append([letter(1), letter(2)]) == 2
+    assert second.append([letter(1), letter(2), letter(3)]) == 1
+    assert first.append([letter(3), letter(4)]) == 1
+    assert second.append([letter(4)]) == 0
+    assert [offset for _, offset, _ in offsets(path)] == [1, 2, 3, 4]
+    assert len(first) == len(second) == len(DeadLetterFile(path)) == 4
+
+
 def test_letters_are_read_back_as_they_were(tmp_path: Path) -> None:
     path = tmp_path / "dead_letters.jsonl"
     DeadLetterFile(path).append([letter(1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -170,6 +171,23 @@ def test_a_folder_that_cannot_be_written_is_a_setup_error(tmp_path: Path) -> Non
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match="cannot write the release"):
         bare(tmp_path / "file", 1)
+
+
+def test_a_pointer_that_the_disk_refuses_is_an_error_and_stays_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = bare(tmp_path, 1), bare(tmp_path, 2)
+    point(tmp_path, "CURRENT", first.name)
+    before = sorted(path.name for path in tmp_path.iterdir())
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SetupError, match=f"cannot move CURRENT .* to {second.name}: No space left"):
+        point(tmp_path, "CURRENT", second.name)
+    assert pointed(tmp_path, "CURRENT") == first.name
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
 
 
 def test_a_model_file_cannot_leave_its_folder(tmp_path: Path) -> None:

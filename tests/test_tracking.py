@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -397,6 +398,30 @@ def test_two_writers_on_one_outbox_are_refused(tmp_path: Path) -> None:
             TrackingOutbox(tmp_path, "http://127.0.0.1:9", "x")
     finally:
         outbox.close(0.0)
+
+
+def test_a_writer_with_patience_waits_for_the_one_that_is_about_to_end(tmp_path: Path) -> None:
+    first = TrackingOutbox(tmp_path, "http://127.0.0.1:9", "x")
+    first.append({"op": "finish", "run": "first", "status": "FINISHED"})
+    ending = threading.Timer(0.5, first.close, [0.0])
+    ending.start()
+    second = TrackingOutbox(tmp_path, "http://127.0.0.1:9", "x", patience_s=60.0)
+    try:
+        assert second.pending() == 1
+    finally:
+        second.close(0.0)
+        ending.join()
+
+
+def test_an_outbox_on_a_full_disk_says_so_and_goes_on_once_there_is_room(tmp_path: Path) -> None:
+    outbox = TrackingOutbox(tmp_path, "http://127.0.0.1:9", "x")
+    there, outbox._file = outbox._file, os.open("/dev/full", os.O_WRONLY)
+    with pytest.raises(SetupError, match=r"cannot write to the outbox .*: No space left on device"):
+        outbox.append({"op": "finish", "run": "first", "status": "FINISHED"})
+    os.close(outbox._file)
+    outbox._file = there
+    outbox.append({"op": "finish", "run": "first", "status": "FINISHED"})
+    assert outbox.close(0.0) == 1
 
 
 def test_without_an_address_nothing_is_recorded(tmp_path: Path) -> None:
