@@ -22,7 +22,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from jobs.checkpoint_files import PLAIN, broken_file, read_arrays, read_manifest, write_files
+from jobs.checkpoint_files import (
+    PLAIN,
+    OtherFormatError,
+    broken_file,
+    read_arrays,
+    read_manifest,
+    write_files,
+)
 from jobs.checkpoint_head import Head
 from jobs.checkpoint_retention import needed, remove
 from jobs.state_digest import state_digest
@@ -95,6 +102,7 @@ class CheckpointStore:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            sync_folder(self.root)
             self.epoch, head = self._head.take_lease()
             # Not before the lease is ours: until then another worker may still make one of them count.
             self._sweep(head)
@@ -158,7 +166,7 @@ class CheckpointStore:
         except (OSError, sqlite3.OperationalError) as error:
             # A worker that takes the lease sweeps what this one is writing.
             self.check_lease()
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            self._drop_unless_head(name)
             raise SetupError(
                 f"cannot write checkpoint {name} in {self.folder}: {error}.",
                 hint="the last commit stands; make room and start the worker again",
@@ -174,6 +182,9 @@ class CheckpointStore:
         except StaleStateError as error:
             log.error("%s The next checkpoint will be a base.", error.message)
             self._chain = []
+        except (OSError, SetupError) as error:
+            # What was committed stands; the next commit tries again to clear what came before it.
+            log.warning("old checkpoints in %s not removed: %s", self.folder, error)
         return digest
 
     def committed_arrays(self) -> dict[str, NDArray[Any]]:
@@ -188,7 +199,8 @@ class CheckpointStore:
         Raises
         ------
         StaleStateError
-            If checkpoints exist and none is intact, or another worker has taken the lease.
+            If checkpoints exist and none is intact, another version of ctrstream wrote the newest, or another
+            worker has taken the lease.
         SetupError
             If the disk refuses to take the head back.
         """
@@ -200,6 +212,8 @@ class CheckpointStore:
         for name in [known for known in reversed(self.names()) if known <= head]:
             try:
                 found = self.read(name, seen)
+            except OtherFormatError:
+                raise  # nothing is wrong with it: to go back would throw away what another version learned
             except StaleStateError as error:
                 log.error("%s: going back to the checkpoint before it", error.message)
                 problems.append(error.message)
@@ -237,6 +251,8 @@ class CheckpointStore:
                 found = self.manifest(link["name"])
                 if found["seal"] != link["seal"]:
                     raise StaleStateError(f"checkpoint {link['name']} is not the one that was built on")
+            except OtherFormatError:
+                raise
             except StaleStateError as error:
                 raise StaleStateError(f"checkpoint {name} cannot be used: {error.message}") from error
             chain.insert(0, (self.folder / link["name"], found))
@@ -309,6 +325,15 @@ class CheckpointStore:
     def _move_head(self, name: str) -> bool:
         """The commit point; False, and nothing is changed, if the lease is another worker's."""
         return self._head.move(name, self.epoch)
+
+    def _drop_unless_head(self, name: str) -> None:
+        """Remove what a failed commit has written; a disk error may come after the head was moved."""
+        try:
+            counts = self.head() == name
+        except (SetupError, StaleStateError):
+            return  # the next start sweeps what does not count
+        if not counts:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
 
     def _go_back(self, name: str) -> None:
         """Make an older checkpoint the head; newer ones count no more and are kept for inspection."""

@@ -26,14 +26,20 @@ def command() -> None:
 @_state
 def list_command(state: Path) -> None:
     """Checkpoints, oldest first: name, step, digest, what it stands on; the head is marked."""
-    store = _store(state)
+    store, wrong = _store(state), []
     head = store.head()
     for name in store.names():
-        manifest = store.manifest(name)
+        mark = "head" if name == head else ""
+        try:
+            manifest = store.manifest(name)
+        except StaleStateError as error:
+            click.echo(f"{name}\t-\t-\tbroken\t{mark}")
+            wrong.append(error.message)
+            continue
         after = len(manifest["chain"])
         kind = f"delta {after} on {manifest['base']}" if after else "base"
-        mark = "head" if name == head else ""
         click.echo(f"{name}\t{manifest['step']}\t{manifest['digest']}\t{kind}\t{mark}")
+    _fail_if(wrong)
 
 
 @command.command()
@@ -49,10 +55,7 @@ def verify(state: Path) -> None:
             wrong.append(error.message)
         else:
             click.echo(f"{name}\tintact")
-    if wrong:
-        raise StaleStateError(
-            "; ".join(wrong), hint="a worker that starts goes back to the newest intact checkpoint"
-        )
+    _fail_if(wrong)
 
 
 @command.command()
@@ -81,6 +84,13 @@ def gc(state: Path, keep: int) -> None:
     """
     for name in _store(state, keep).collect():
         click.echo(name)
+
+
+def _fail_if(wrong: list[str]) -> None:
+    if wrong:
+        raise StaleStateError(
+            "; ".join(wrong), hint="a worker that starts goes back to the newest intact checkpoint"
+        )
 
 
 def _store(state: Path, keep: int = 3) -> CheckpointStore:

@@ -24,12 +24,24 @@ from jobs.synced_files import sync_folder, write_synced
 from jobs.tensor_file import write_tensors
 from pipelines.errors import StaleStateError
 
-__all__ = ["FORMAT", "PLAIN", "broken_file", "read_arrays", "read_manifest", "write_files"]
+__all__ = [
+    "FORMAT",
+    "PLAIN",
+    "OtherFormatError",
+    "broken_file",
+    "read_arrays",
+    "read_manifest",
+    "write_files",
+]
 
 FORMAT = 2
 MANIFEST, PLAIN, SHARD = "MANIFEST.json", "state.json", "shard-00000.safetensors"
 _INDEX = "@rows"
 Arrays = dict[str, NDArray[Any]]
+
+
+class OtherFormatError(StaleStateError):
+    """A checkpoint of another version of ctrstream."""
 
 
 def write_files(
@@ -93,6 +105,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises
     ------
+    OtherFormatError
+        If another version of ctrstream wrote it.
     StaleStateError
         If there is none that can be read.
     """
@@ -102,10 +116,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise StaleStateError(f"checkpoint {folder.name} has no readable {MANIFEST}: {error}") from error
     is_object = isinstance(manifest, dict)
     unsealed = {key: value for key, value in manifest.items() if key != "seal"} if is_object else {}
-    if not unsealed or manifest.get("seal") != _seal(unsealed):
+    is_old = unsealed.get("format") == 1 and "seal" not in manifest  # the first format had none
+    if not is_old and (not unsealed or manifest.get("seal") != _seal(unsealed)):
         raise StaleStateError(f"checkpoint {folder.name}: {MANIFEST} is corrupt")
     if manifest["format"] != FORMAT:
-        raise StaleStateError(
+        raise OtherFormatError(
             f"checkpoint {folder.name}: expected format {FORMAT}. Received: {manifest['format']}",
             hint="use the version of ctrstream that wrote it, or start a new state folder from a release",
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 __all__ = ["CommitThread"]
+
+log = logging.getLogger(__name__)
 
 # Hashing many small blocks hardly ever lets go of the interpreter by itself: learning would wait for it up to
 # the switch interval, by default 5 ms, in each of its operations.
@@ -48,6 +51,8 @@ class CommitThread:
             work.result()
 
     def finish(self) -> None:
-        """Return once nothing is in flight, whatever became of it."""
+        """Return once nothing is in flight; what the work has raised is logged and stays to be raised."""
         if self._work is not None:
             wait([self._work])
+            if (error := self._work.exception()) is not None:
+                log.error("the last commit has failed: %s", error)

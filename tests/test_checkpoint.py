@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import sqlite3
@@ -128,6 +129,69 @@ def test_after_a_walk_back_the_next_commits_count(tmp_path: Path) -> None:
     again = opened(tmp_path).load()
     assert again is not None
     assert (again.manifest["digest"], again.manifest["epoch"]) == (digest, 2)
+    assert again.manifest["parent"] == found.path.name
+    later = opened(tmp_path)
+    gone = later.collect()
+    assert len(gone) == 1
+    assert gone[0].startswith(".broken-000000000002-000001-")
+    assert later.names() == [found.path.name, again.path.name]
+
+
+@pytest.mark.parametrize("edit", [{"format": 1}, {"format": 3}])
+def test_a_checkpoint_of_another_version_is_refused_and_not_gone_back_over(
+    tmp_path: Path, edit: dict[str, int]
+) -> None:
+    store = opened(tmp_path)
+    for step in (1, 2):
+        commit(store, step)
+    path = store.folder / store.names()[-1] / "MANIFEST.json"
+    document = {**json.loads(path.read_text()), **edit}
+    del document["seal"]
+    if edit["format"] > 1:  # later formats have a seal of the same kind
+        document["seal"] = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(document))
+    head = store.head()
+    with pytest.raises(StaleStateError, match=f"expected format 2. Received: {edit['format']}"):
+        opened(tmp_path).load()
+    assert store.head() == head
+
+
+def test_an_error_that_comes_after_the_head_was_moved_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path)
+    commit(store, 1)
+    move = store._move_head
+
+    def fails_late(name: str) -> bool:
+        move(name)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(store, "_move_head", fails_late)
+    with pytest.raises(SetupError, match="disk I/O error"):
+        commit(store, 2)
+    found = opened(tmp_path).load()
+    assert found is not None
+    assert found.manifest["step"] == 2
+
+
+def test_a_collection_that_the_disk_refuses_does_not_undo_a_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = CheckpointStore(tmp_path, keep=1, deltas=0)
+    store.open()
+
+    def refused(folder: Path, names: list[str]) -> list[str]:
+        raise PermissionError("read-only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jobs.checkpoint.remove", refused)
+        for step in (1, 2, 3):
+            commit(store, step)
+    assert "not removed: read-only" in caplog.text
+    assert len(store.names()) == 3
+    commit(store, 4)
+    assert [int(name[:12]) for name in store.names()] == [3, 4]
 
 
 def test_after_a_walk_back_the_intact_checkpoint_is_the_parent_and_is_kept(tmp_path: Path) -> None:
