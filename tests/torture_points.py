@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 import jobs.release
 import jobs.worker
-from jobs import checkpoint_files, publishing, worker_commit
+from jobs import checkpoint_files, publishing, release_pointer, worker_commit
 from jobs.checkpoint import CheckpointStore
 from jobs.checkpoint_head import Head
 from jobs.commit_thread import CommitThread
@@ -224,7 +224,7 @@ def half_removed(path: Any, *given: Any, **named: Any) -> None:
 
 _CHECKPOINTS, _RELEASES = goes_into("checkpoints"), goes_into("releases")
 _OLD_CHECKPOINT = is_doomed("checkpoints", ".tmp-removed-")
-_OLD_RELEASE = is_doomed("releases", jobs.release.TEMPORARY)
+_OLD_RELEASE = is_doomed("releases", release_pointer.TEMPORARY)
 
 # In the order in which a worker comes to them.
 KILLS: dict[str, Plant] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import sys
@@ -58,7 +57,8 @@ def run(folder: Path, config: Config, fault: Fault | None, sends: bool) -> None:
     stay_close()
     if not sends:
         replace(TrackingOutbox, "_keep_draining", lambda outbox: None)
-        replace(TrackingOutbox, "close", functools.partialmethod(TrackingOutbox.close, timeout_s=0.0))
+        close = TrackingOutbox.close
+        replace(TrackingOutbox, "close", lambda outbox: close(outbox, 0.0))
     if fault is not None:
         logging.getLogger(__name__).warning("process %d: %s", os.getpid(), fault)
         (KILLS | FULL_DISKS)[fault.where](fault.call)
