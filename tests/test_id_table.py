@@ -132,7 +132,9 @@ def test_slots_are_those_of_a_plain_dictionary_restored_at_any_point(
                 one for one, slot in reference.slot_of.items() if slot in new
             ]
             every = np.arange(1, 41)
-            assert table.find(keys_of(every)).tolist() == [reference.slot_of.get(one, -1) for one in every]
+            assert table.find(keys_of(every)).tolist() == [
+                reference.slot_of.get(one, -1) for one in every.tolist()
+            ]
             assert (table.slots, len(table)) == (reference.slots, len(reference.slot_of))
             assert table.free.tolist() == sorted(set(range(table.slots)) - set(reference.slot_of.values()))
             live = table.keys[table.keys != 0]
