@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def test_ids_say_field_and_value_and_nulls_have_none() -> None:
         sequence=(Sequence(name="seen", buckets=6, max_length=3),),
         dynamic=("user_id", "seen", "item_id_x_user_id", "item_id"),
     )
-    rows: list[dict[str, Any]] = [
+    rows: list[Mapping[str, Any]] = [
         {"item_id": "a", "user_id": "a", "features": {"seen": ["a", None]}},
         {"item_id": "b", "user_id": None, "features": {"seen": ["b", "a", "c", "d"]}},
         {"item_id": "a", "user_id": "b", "features": {}},

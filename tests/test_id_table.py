@@ -27,9 +27,9 @@ MINUTE_MS = 60_000
 
 def keys_of(numbers: list[int] | NDArray[np.int64]) -> NDArray[np.int64]:
     """A 64-bit key for each number, negative ones among them; 0 stays 0."""
-    numbers = np.asarray(numbers, np.uint64)
-    mixed = mix(np.full(len(numbers), 9, np.uint64), numbers)
-    return np.where(numbers == 0, np.uint64(0), mixed).view(np.int64)
+    values = np.asarray(numbers).astype(np.uint64)
+    mixed = mix(np.full(len(values), 9, np.uint64), values)
+    return np.where(values == 0, np.uint64(0), mixed).view(np.int64)
 
 
 @dataclass
