@@ -157,8 +157,8 @@ def feature_spec(config: Config, files: EventFiles, before: int) -> FeatureSpec:
     from pipelines.inference import infer_spec
 
     if config.features.spec is not None:
-        return FeatureSpec.read(config.features.spec)
-    spec = infer_spec(files.impressions_before(before))
+        return FeatureSpec.read(config.features.spec).with_dynamic(config.features.dynamic)
+    spec = infer_spec(files.impressions_before(before)).with_dynamic(config.features.dynamic)
     for left_out in spec.left_out:
         log.info("feature left out name=%s reason=%r", left_out.name, left_out.reason)
     return spec

@@ -114,14 +114,17 @@ class _Rescored:
     def _compare_features(self, spec: FeatureSpec, encoded: Encoded, lines: Sequence[Line]) -> None:
         from monitoring.consistency import differing_features
 
-        again = _joined(encoded.buckets, encoded.numbers)
-        shape = (encoded.buckets.shape[1], encoded.numbers.shape[1])
-        if any((len(line["buckets"]), len(line["numbers"])) != shape for line in lines):
+        again = _joined(encoded.buckets, encoded.numbers, encoded.ids)
+        shape = (encoded.buckets.shape[1], encoded.numbers.shape[1], encoded.ids.shape[1])
+        if any(
+            (len(line["buckets"]), len(line["numbers"]), len(line.get("ids", ()))) != shape for line in lines
+        ):
             self._differs("(number of columns)", len(lines), 0)
             return
         buckets = np.array([line["buckets"] for line in lines], np.int32)
         numbers = np.array([line["numbers"] for line in lines], np.float32)
-        for found in differing_features(_joined(buckets, numbers), again, column_names(spec)):
+        ids = np.array([line.get("ids", ()) for line in lines], np.int64)
+        for found in differing_features(_joined(buckets, numbers, ids), again, column_names(spec)):
             self._differs(found["feature"], found["rows"], found["first_row"])
 
     def _differs(self, feature: str, rows: int, first_row: int) -> None:
@@ -167,7 +170,7 @@ class _Rescored:
 
 
 def column_names(spec: FeatureSpec) -> list[str]:
-    """Names of the encoded columns, buckets first: ``item_id``, ``history[2]``, ``age (number)``."""
+    """Names of the encoded columns: ``item_id``, ``history[2]``; ``age (number)``; ``item_id (id)``."""
     fields, seen = spec.column_field, Counter[int]()
     lengths = Counter(fields)
     names = []
@@ -175,7 +178,8 @@ def column_names(spec: FeatureSpec) -> list[str]:
         name = spec.field_names[field]
         names.append(name if lengths[field] == 1 else f"{name}[{seen[field]}]")
         seen[field] += 1
-    return names + [f"{number.name} (number)" for number in spec.numeric]
+    numbers = [f"{number.name} (number)" for number in spec.numeric]
+    return names + numbers + [f"{names[column]} (id)" for column in spec.id_columns]
 
 
 def _chunks(served: Path, rescored: _Rescored) -> Iterator[tuple[str, list[Line]]]:
@@ -213,10 +217,12 @@ def _column(lines: Sequence[Line], key: str, task: str) -> NDArray[np.float64]:
     return np.array([np.nan if value is None else value for value in values], np.float64)
 
 
-def _joined(buckets: NDArray[np.int32], numbers: NDArray[np.float32]) -> NDArray[np.int32]:
-    """Buckets and the bits of the numbers side by side: numbers must be equal to the bit."""
+def _joined(
+    buckets: NDArray[np.int32], numbers: NDArray[np.float32], ids: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Buckets, the bits of the numbers and ids side by side: numbers must be equal to the bit."""
     bits = np.ascontiguousarray(numbers).view(np.int32)
-    return np.concatenate([buckets, bits], axis=1)
+    return np.concatenate([buckets, bits, ids], axis=1, dtype=np.int64)
 
 
 @click.command()

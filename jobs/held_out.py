@@ -83,7 +83,8 @@ def progressive_logit(student: Student, rows: TrainingSet, label_delay: int) -> 
     learned = 0
     for start in range(0, len(rows), size):
         batch = slice(start, start + size)
-        logit[batch] = student.predict_logit(rows.buckets[batch], rows.numbers[batch])
+        part = rows.take(batch)
+        logit[batch] = student.predict_logit(part.buckets, part.numbers, part.ids)
         now = int(rows.event_time[batch][-1])
         known = int(np.searchsorted(rows.event_time[: start + size], now - label_delay, side="right"))
         for begin in range(learned, known, size):
@@ -95,8 +96,9 @@ def progressive_logit(student: Student, rows: TrainingSet, label_delay: int) -> 
 def _learn(student: Student, rows: TrainingSet) -> None:
     label, share = rows.label.astype(np.float64), rows.observed_share.astype(np.float64)
     weight = rows.weight.astype(np.float64)
+    student.see(rows.buckets, rows.ids, int(rows.event_time[-1]))
     student.update(
-        rows.buckets, rows.numbers, lambda logit: weight * cure_derivatives(logit, label, share)[0]
+        rows.buckets, rows.numbers, lambda logit: weight * cure_derivatives(logit, label, share)[0], rows.ids
     )
 
 

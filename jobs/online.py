@@ -185,16 +185,19 @@ class OnlineLoop:
         features = self.joiner.features
         if "buckets" not in features:
             return
+        ids = features.get("ids")
         windows = range(len(self.joiner.tasks))
         slots = np.unique(np.concatenate([self.joiner.open_windows(index).slot for index in windows]))
         buckets, numbers = features["buckets"][slots], features["numbers"][slots]
-        keys = features["segment_key"][slots]
+        keys, ids = features["segment_key"][slots], None if ids is None else ids[slots]
         for name in ("teacher_logit", "logit", "probability"):
             features[name] = np.full((len(features["buckets"]), len(self.tasks)), np.nan, np.float32)
         for column, task in enumerate(self.tasks if len(slots) else ()):
             if self.config.policy(task) in _SAY_AGAIN:
-                features["logit"][slots, column] = students[task].predict_logit(buckets, numbers)
-            features["teacher_logit"][slots, column] = teachers[task].calibrated_logit(buckets, numbers, keys)
+                features["logit"][slots, column] = students[task].predict_logit(buckets, numbers, ids)
+            features["teacher_logit"][slots, column] = teachers[task].calibrated_logit(
+                buckets, numbers, keys, ids
+            )
         self.joiner.touch_features()
 
     def _predict(self, events: StepEvents) -> Predicted:
@@ -205,7 +208,9 @@ class OnlineLoop:
         if n:
             features = arrivals.features
             for column, task in enumerate(self.tasks):
-                raw = self.students[task].predict_logit(features["buckets"], features["numbers"])
+                raw = self.students[task].predict_logit(
+                    features["buckets"], features["numbers"], features.get("ids")
+                )
                 logit[:, column] = raw
                 probability[:, column] = self.calibrators[task].transform(raw, features["segment_key"])
         return Predicted(
@@ -233,6 +238,7 @@ class OnlineLoop:
             return 0
         features, config = self.joiner.features, self.config
         columns = self._columns(task, examples)
+        self._see(task, columns, int(examples.known_at[-1]))
         teacher = features["teacher_logit"][examples.slot, column]
         columns["teacher_logit"] = np.where(columns["first"], teacher, np.nan).astype(np.float64)
         wanted = round(config.replay.ratio * len(examples))
@@ -252,17 +258,25 @@ class OnlineLoop:
             self.students[task].learn(batch)
         return len(examples)
 
+    def _see(self, task: Task, columns: Arrays, now: int) -> None:
+        """Let the student note the ids of new windows: one said again, or replayed, is no news of them."""
+        if "ids" in columns:
+            first = columns["first"]
+            self.students[task].see(columns["buckets"][first], columns["ids"][first], now)
+
     def _learn_late_share(self, task: Task, batch: LearnBatch) -> LearnBatch:
         """Let the second head learn; returns the batch with the shares that it predicted before."""
-        head = self.late_heads[task]
+        head, student = self.late_heads[task], self.students[task]
         batch = replace(batch, late_share=head.share(batch.buckets, batch.numbers))
-        head.learn(batch, sigmoid(self.students[task].predict_logit(batch.buckets, batch.numbers)))
+        head.learn(batch, sigmoid(student.predict_logit(batch.buckets, batch.numbers, batch.ids)))
         return batch
 
     def _columns(self, task: Task, examples: Examples) -> Arrays:
         """What is learned from rows, but for the teacher."""
         features = self.joiner.features
+        ids = {"ids": features["ids"][examples.slot]} if "ids" in features else {}
         return {
+            **ids,
             "buckets": features["buckets"][examples.slot],
             "numbers": features["numbers"][examples.slot],
             "label": examples.label.astype(np.float32),

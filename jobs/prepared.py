@@ -30,7 +30,11 @@ class Teacher(Protocol):
     """A frozen model with its calibrator."""
 
     def calibrated_logit(
-        self, buckets: NDArray[np.int32], numbers: NDArray[np.float32], segment_key: Ints
+        self,
+        buckets: NDArray[np.int32],
+        numbers: NDArray[np.float32],
+        segment_key: Ints,
+        ids: Ints | None = None,
     ) -> NDArray[np.float64]:
         """Calibrated log-odds of each row, shape (n,)."""
         ...
@@ -50,7 +54,7 @@ class FrozenModels:
         if len(features):
             for column, model in enumerate(models.values()):
                 logit[:, column] = model.calibrated_logit(
-                    features.buckets, features.numbers, features.segment_key
+                    features.buckets, features.numbers, features.segment_key, features.ids
                 )
         return logit
 
@@ -164,6 +168,8 @@ def prepare(
         "user_key": features.user_key,
         "teacher_logit": teacher_logit.astype(np.float32),
     }
+    if spec.dynamic:
+        travelling["ids"] = features.ids
     impressions = block.tables[IMPRESSION]
     return PreparedBlock(
         block=block,

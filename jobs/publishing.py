@@ -42,10 +42,14 @@ class CalibratedTeacher:
     calibrator: CalibrationChain
 
     def calibrated_logit(
-        self, buckets: NDArray[np.int32], numbers: NDArray[np.float32], segment_key: NDArray[np.int64]
+        self,
+        buckets: NDArray[np.int32],
+        numbers: NDArray[np.float32],
+        segment_key: NDArray[np.int64],
+        ids: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float64]:
         """Calibrated log-odds, shape (n,)."""
-        raw = self.model.predict_logit(buckets, numbers)
+        raw = self.model.predict_logit(buckets, numbers, ids)
         return np.asarray(self.calibrator.transform_logit(raw, segment_key), np.float64)
 
 

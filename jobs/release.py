@@ -286,7 +286,8 @@ class Release:
     def logit(self, encoded: Encoded) -> dict[Task, NDArray[np.float64]]:
         """The models' logits, before calibration, each of shape (n,)."""
         return {
-            task: model.predict_logit(encoded.buckets, encoded.numbers) for task, model in self.models.items()
+            task: model.predict_logit(encoded.buckets, encoded.numbers, encoded.ids)
+            for task, model in self.models.items()
         }
 
     def score(self, encoded: Encoded) -> dict[Task, Scored]:

@@ -32,8 +32,8 @@ class ServedLog:
     """A JSONL file that is written in the background.
 
     Each line holds ``request_id``, ``release``, ``digest`` (the first 16 digits), ``served_at_ms`` (wall
-    clock), ``impression`` (as received), ``buckets`` and ``numbers`` (as encoded), ``logit`` and
-    ``probability`` (by task).
+    clock), ``impression`` (as received), ``buckets``, ``numbers`` and, with dynamic fields, ``ids`` (as
+    encoded), ``logit`` and ``probability`` (by task).
 
     Parameters
     ----------
@@ -83,6 +83,7 @@ class ServedLog:
                     "impression": impression,
                     "buckets": encoded.buckets[row],
                     "numbers": encoded.numbers[row],
+                    **({"ids": encoded.ids[row]} if encoded.ids.shape[1] else {}),
                     "logit": {task: float(values.logit[row]) for task, values in scored.items()},
                     "probability": {task: float(values.probability[row]) for task, values in scored.items()},
                 },

@@ -44,7 +44,7 @@ def train(snapshot: str | Path, releases: Path, config: Config) -> tuple[FirstRe
 
     use_one_thread()
     manifest = read_manifest(snapshot)
-    spec = read_spec(snapshot)
+    spec = read_spec(snapshot).with_dynamic(config.features.dynamic)
     tasks = [task for task in config.labels.tasks if task in manifest.tasks]
     sets = {task: StreamedRows.of_snapshot(snapshot, task) for task in tasks}
     curves = {task: DelayCurve.from_state(manifest.tasks[task].delay_curve) for task in tasks}

@@ -134,7 +134,7 @@ def _train_task(
 
     student = Student.create(spec, config.student)
     epochs = student.fit(train, held_out).epochs
-    frozen_logit = student.predict_logit(held_out.buckets, held_out.numbers)
+    frozen_logit = student.predict_logit(held_out.buckets, held_out.numbers, held_out.ids)
     logit = progressive_logit(student, held_out, delay)
     student_calibrator = fit_first_calibrator(
         logit, held_out, method, online=config.calibration.online, segments=segments
@@ -154,7 +154,7 @@ def _fit_teacher(
 ) -> tuple[GbdtModel | Student, dict[str, int]]:
     """The teacher and how long it was trained, ``rounds`` or ``epochs``; ``length`` prescribes it."""
     if config.teacher.model == "network":
-        network = Student.create(spec, config.student)
+        network = Student.create(spec, config.student.hashed())
         done = network.fit(rows, validation, epochs=None if length is None else length["epochs"])
         return network, {"epochs": done.epochs}
     trees = GbdtModel.fit(

@@ -61,7 +61,8 @@ class WarmUp:
         return {
             **{
                 name: features[name][windows.slot]
-                for name in ("buckets", "numbers", "segment_key", "user_key")
+                for name in ("buckets", "numbers", "segment_key", "user_key", "ids")
+                if name in features
             },
             "label": windows.label.astype(np.float32),
             "event_time": windows.event_time,
@@ -90,4 +91,5 @@ class WarmUp:
             event_time=columns["event_time"],
             mature=columns["mature"],
             observed_share=observed.astype(np.float32),
+            ids=columns.get("ids"),
         )

@@ -1,7 +1,8 @@
 """Conventions of all models.
 
 - ``buckets`` is int32 ``(n, columns)``, rows of the embedding table; ``numbers`` is float32 ``(n, k)``:
-  see `pipelines.features.Encoded`.
+  see `pipelines.features.Encoded`. So are ``ids``, int64 ``(n, id columns)``, for models that give
+  ids rows of their own.
 - ``label`` is ``(n,)`` in {0, 1}; ``weight`` is ``(n,)``, > 0.
 - ``logit`` is float64 ``(n,)``. Models speak logits only; probabilities exist after `calibration`.
 - ``predict_logit`` is pure: it changes nothing and gives the same answer twice.
@@ -22,7 +23,12 @@ __all__ = ["Model", "sigmoid"]
 class Model(Protocol):
     """What every model of one task can do."""
 
-    def predict_logit(self, buckets: NDArray[np.int32], numbers: NDArray[np.float32]) -> NDArray[np.float64]:
+    def predict_logit(
+        self,
+        buckets: NDArray[np.int32],
+        numbers: NDArray[np.float32],
+        ids: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.float64]:
         """Log-odds of each row, shape (n,)."""
         ...
 

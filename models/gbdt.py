@@ -138,8 +138,13 @@ class GbdtModel:
     def rounds(self) -> int:
         return int(self._booster.num_trees())
 
-    def predict_logit(self, buckets: NDArray[np.int32], numbers: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Log-odds of each row, shape (n,)."""
+    def predict_logit(
+        self,
+        buckets: NDArray[np.int32],
+        numbers: NDArray[np.float32],
+        ids: NDArray[np.int64] | None = None,
+    ) -> NDArray[np.float64]:
+        """Log-odds of each row, shape (n,). Trees know values by their buckets; ``ids`` is not looked at."""
         logit = np.full(len(buckets), self.base_logit)
         for start in range(0, len(buckets), _PREDICT_ROWS):
             part = slice(start, start + _PREDICT_ROWS)

@@ -51,7 +51,8 @@ class LateHead:
     """
 
     def __init__(self, spec: FeatureSpec, config: StudentConfig, late_share: float) -> None:
-        self._student = Student.create(spec, config.model_copy(update={"model": "lr"}))
+        # Ids share their buckets here: the head is small, and not served.
+        self._student = Student.create(spec, config.hashed().model_copy(update={"model": "lr"}))
         start = min(max(late_share, _LEAST_SHARE), 1.0 - _LEAST_SHARE)
         self._student.weights["bias"].fill_(float(np.log(start / (1.0 - start))))
 

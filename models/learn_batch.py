@@ -39,6 +39,8 @@ class LearnBatch:
         Of the cross entropy to the teacher, beside 1 for the policy's loss.
     late_share : float or ndarray, shape (n,)
         Share of the outcomes that come later than the row: see `models.losses.policy_weights`.
+    ids : ndarray of int64, shape (n, id columns), or None
+        See `pipelines.features.Encoded`.
     """
 
     buckets: NDArray[np.int32]
@@ -50,6 +52,7 @@ class LearnBatch:
     policy: str
     distillation_weight: float
     late_share: float | NDArray[np.floating] = 1.0
+    ids: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.label)

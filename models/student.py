@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import safetensors.numpy
@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
+from models.id_table import IdTable
 from models.learn_batch import LearnBatch
 from models.network import Layout, forward, initial_table, initial_weights, layer_of
 from models.optimizers import Adam, table_optimizer
-from models.table_optimizer import TableOptimizer
+from models.table_optimizer import TableOptimizer, resized
 from models.warm_up import WarmUp, warm_up
 from pipelines.config_sections import StudentConfig
 from pipelines.errors import StaleStateError
@@ -27,6 +28,7 @@ from pipelines.training_set import TrainingRows, TrainingSet
 
 __all__ = ["LearnBatch", "Student"]
 
+Ids = NDArray[np.int64]
 LogitGradient = Callable[[NDArray[np.float64]], NDArray[np.float64]]
 
 _PREDICT_ROWS = 8192
@@ -41,6 +43,9 @@ class Student:
     ``learn`` moves embeddings, first-order weights and the bias; the layers named in ``config.frozen`` stay
     as ``fit`` left them. All of it is plain tensors, and on one thread the same rows in the same order give
     the same bits.
+
+    Where the spec has dynamic fields, the tables have rows for ids after those of the buckets. An id that has
+    such a row by ``see`` reads and moves it instead of its bucket's; all others share their buckets.
 
     Examples
     --------
@@ -60,6 +65,9 @@ class Student:
         self.weights = weights
         self.steps = 0
         self.rows_learned = 0
+        has_ids = bool(spec.dynamic) and config.tables.capacity > 0
+        self.ids = IdTable(config.tables, config.seed) if has_ids else None
+        self._id_columns = spec.id_columns
         # Made when first needed: a served student never learns, and the slots are as large as the tables.
         self._tables: dict[str, TableOptimizer] | None = None
         self._small: Adam | None = None
@@ -76,21 +84,52 @@ class Student:
 
         ``epochs`` replaces ``config.warmup_epochs``.
         """
+        self.reset_tables()
         for name, weight in initial_weights(self.layout, self.config.seed).items():
             self.weights[name].copy_(weight)
-        self._touch_tables()
         return warm_up(self, train, validation, epochs or self.config.warmup_epochs)
 
-    def predict_logit(self, buckets: NDArray[np.int32], numbers: NDArray[np.float32]) -> NDArray[np.float64]:
+    def predict_logit(
+        self, buckets: NDArray[np.int32], numbers: NDArray[np.float32], ids: Ids | None = None
+    ) -> NDArray[np.float64]:
         """Log-odds of the outcome for each row, shape (n,); of ``p`` itself under every policy."""
         logit = np.empty(len(buckets), np.float64)
         with torch.inference_mode():
             for start in range(0, len(buckets), _PREDICT_ROWS):
                 part = slice(start, start + _PREDICT_ROWS)
-                rows, dense = _as_tensors(buckets[part], numbers[part])
+                rows = self._rows(buckets[part], None if ids is None else ids[part])
+                dense = _as_tensor(numbers[part])
                 embedding, wide = self._gather(rows)
                 logit[part] = forward(self.layout, self.weights, rows, embedding, wide, dense).numpy()
         return logit
+
+    def see(self, buckets: NDArray[np.int32], ids: Ids | None, now: int) -> None:
+        """Take note of ids that are about to be learned from: some get rows, others lose theirs.
+
+        A new row begins as a copy of its bucket's, with fresh slots; rows that are free are zero, and so are
+        their slots. Nothing happens without dynamic fields.
+
+        Parameters
+        ----------
+        buckets : ndarray of int32, shape (n, columns)
+        ids : ndarray of int64, shape (n, id columns), or None
+        now : int
+            Event time, ms.
+        """
+        if self.ids is None or ids is None:
+            return
+        changes = self.ids.see(ids, now)
+        self._resize(self.ids.slots)
+        first = self.layout.table_rows
+        freed, new = torch.from_numpy(first + changes.freed), torch.from_numpy(first + changes.new)
+        bucket = buckets[:, self._id_columns].reshape(-1)[changes.place].astype(np.int64)
+        for name, optimizer in self.table_optimizers().items():
+            if len(freed):
+                optimizer.clear(freed)
+            if len(new):
+                weight = self.weights[name]
+                weight.index_copy_(0, new, weight.index_select(0, torch.from_numpy(bucket)))
+                optimizer.start(new)
 
     def learn(self, batch: LearnBatch) -> None:
         """One update: the loss is the sum over rows of weight x (policy loss + distillation).
@@ -107,15 +146,19 @@ class Student:
         """
         if len(batch) == 0:
             return
-        self.update(batch.buckets, batch.numbers, batch.gradient)
+        self.update(batch.buckets, batch.numbers, batch.gradient, batch.ids)
         self.steps += 1
         self.rows_learned += len(batch)
 
     def update(
-        self, buckets: NDArray[np.int32], numbers: NDArray[np.float32], loss_gradient: LogitGradient
+        self,
+        buckets: NDArray[np.int32],
+        numbers: NDArray[np.float32],
+        loss_gradient: LogitGradient,
+        ids: Ids | None = None,
     ) -> None:
         """Predict, then step against the gradient that ``loss_gradient`` gives for the logits, both (n,)."""
-        rows, dense = _as_tensors(buckets, numbers)
+        rows, dense = self._rows(buckets, ids), _as_tensor(numbers)
         embedding, wide = self._gather(rows)
         tables = {"embedding": embedding, "wide": wide} if self.layout.dim else {"wide": wide}
         small = self.small_optimizer()
@@ -141,6 +184,9 @@ class Student:
             self._tables = {
                 name: table_optimizer(self.weights[name], self.config) for name in self.layout.tables
             }
+            if self.ids is not None:
+                for optimizer in self._tables.values():
+                    optimizer.clear(torch.from_numpy(self.layout.table_rows + self.ids.free))
         return self._tables
 
     def small_optimizer(self) -> Adam:
@@ -168,7 +214,10 @@ class Student:
         self._small = self.small_optimizer().subset(self.small_weights(self.config.frozen))
 
     def reset_tables(self) -> None:
-        """Every table row and its slots as if never seen."""
+        """Every table row and its slots as if never seen; no id has a row."""
+        if self.ids is not None:
+            self.ids.reset()
+            self._resize(0)
         if self.layout.dim:
             self.weights["embedding"].copy_(initial_table(self.layout, self.config.seed))
         self.weights["wide"].zero_()
@@ -187,7 +236,7 @@ class Student:
         """Weights, optimizer slots and counters: copies, exact. ``load_state`` continues from them."""
         state = {name: tensor.numpy().copy() for name, tensor in self._tensors().items()}
         state["counters"] = self._counters()
-        return state
+        return state if self.ids is None else {**state, **self.ids.arrays()}
 
     def take_changes(self) -> tuple[dict[str, NDArray[np.generic]], dict[str, list[TableRows]]]:
         """Copies of what ``state`` gives, of its tables only the rows that changed since the last call.
@@ -205,6 +254,9 @@ class Student:
                 del tensors[f"{name}/{table}"]
                 tables[f"{name}/{table}"] = parts
         whole = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+        if self.ids is not None:
+            of_ids, id_tables = self.ids.take_changes()
+            whole, tables = {**whole, **of_ids}, {**tables, **id_tables}
         return {**whole, "counters": self._counters()}, tables
 
     def collect_changes(self, limit: int) -> None:
@@ -220,9 +272,12 @@ class Student:
         StaleStateError
             If names or shapes do not fit this student; nothing is changed then.
         """
-        tensors = self._tensors()
-        _check_fit({**tensors, "counters": torch.zeros(3)}, state)
-        for name, tensor in tensors.items():
+        expected = {name: tuple(tensor.shape) for name, tensor in self._tensors().items()}
+        _check_fit({**self._with_rows(expected, state), "counters": (3,)}, state)
+        if self.ids is not None:
+            self.ids.load(state)
+            self._resize(self.ids.slots)
+        for name, tensor in self._tensors().items():
             tensor.copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
         self.steps, self.rows_learned, self.small_optimizer().steps = (int(n) for n in state["counters"])
         self._touch_tables()
@@ -230,7 +285,7 @@ class Student:
     def to_files(
         self, *, slots: bool = False, weights: Mapping[str, NDArray[np.generic]] | None = None
     ) -> dict[str, bytes]:
-        """The weights as safetensors, and the configuration as JSON.
+        """The weights, and which id has which row, as safetensors; and the configuration as JSON.
 
         ``weights`` are written in place of the student's own: those of an earlier moment.
         ``slots`` adds the optimizer slots: whoever is to go on learning needs them. Without them the first
@@ -241,7 +296,9 @@ class Student:
             "spec_digest": self.spec.digest(),
             "config": self.config.model_dump(mode="json"),
         }
-        own = {name: weight.numpy() for name, weight in self.weights.items()}
+        own: dict[str, NDArray[Any]] = {name: weight.numpy() for name, weight in self.weights.items()}
+        if self.ids is not None:
+            own["ids"] = self.ids.keys
         written: Mapping[str, NDArray[np.generic]] = own if weights is None else weights
         files = {
             _WEIGHTS_FILE: safetensors.numpy.save(dict(written)),
@@ -274,11 +331,17 @@ class Student:
                 hint="load it with the feature spec of its own release",
             )
         student = cls.create(spec, StudentConfig.model_validate(about["config"]))
-        _check_fit(student.weights, arrays)
+        state = {f"weights/{name}": array for name, array in arrays.items()}
+        expected = {f"weights/{name}": tuple(weight.shape) for name, weight in student.weights.items()}
+        served = student._with_rows(expected, state)
+        _check_fit({name: shape for name, shape in served.items() if name.startswith("weights/")}, state)
+        if student.ids is not None:
+            student.ids.load(state)
+            student._resize(student.ids.slots)
         for name, weight in student.weights.items():
             weight.copy_(torch.from_numpy(arrays[name]))
         if slots is not None:
-            student.load_state({**slots, **{f"weights/{name}": array for name, array in arrays.items()}})
+            student.load_state({**slots, **state})
         return student
 
     def _touch_tables(self) -> None:
@@ -287,6 +350,43 @@ class Student:
 
     def _counters(self) -> NDArray[np.generic]:
         return np.array([self.steps, self.rows_learned, self.small_optimizer().steps], np.int64)
+
+    def _rows(self, buckets: NDArray[np.int32], ids: Ids | None) -> Tensor:
+        """Table rows: those of ids that have one, else those of their buckets."""
+        rows = buckets.astype(np.int64)
+        if self.ids is not None and ids is not None and len(self.ids):
+            slots = self.ids.find(ids)
+            rows[:, self._id_columns] = np.where(
+                slots >= 0, self.layout.table_rows + slots, rows[:, self._id_columns]
+            )
+        return torch.from_numpy(rows)
+
+    def _resize(self, slots: int) -> None:
+        """Make the tables as long as there are buckets and slots for ids."""
+        rows = self.layout.table_rows + slots
+        if len(self.weights["wide"]) == rows:
+            return
+        for name in self.layout.tables:
+            self.weights[name] = resized(self.weights[name], rows)
+            if self._tables is not None:
+                self._tables[name].resize(self.weights[name])
+
+    def _with_rows(
+        self, expected: Mapping[str, tuple[int, ...]], state: Mapping[str, NDArray[np.generic]]
+    ) -> dict[str, tuple[int, ...]]:
+        """The shapes that a state should have, with as many rows for ids as it says it has."""
+        if self.ids is None:
+            return dict(expected)
+        found = state.get("weights/ids")
+        slots = 0 if found is None else found.size
+        rows = self.layout.table_rows + slots
+        return {
+            **{
+                name: (rows, *shape[1:]) if name.split("/", 1)[1] in self.layout.tables else shape
+                for name, shape in expected.items()
+            },
+            **self.ids.shapes(slots),
+        }
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         wide = self.weights["wide"].index_select(0, rows.reshape(-1)).view(rows.shape)
@@ -310,20 +410,17 @@ class Student:
         }
 
 
-def _as_tensors(buckets: NDArray[np.int32], numbers: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
+def _as_tensor(numbers: NDArray[np.float32]) -> Tensor:
     # Arrays that may not be written to, views of Arrow, are no tensors without a copy.
-    return torch.from_numpy(buckets.astype(np.int64)), torch.from_numpy(
-        np.require(numbers, np.float32, ["C", "W"])
-    )
+    return torch.from_numpy(np.require(numbers, np.float32, ["C", "W"]))
 
 
-def _check_fit(expected: Mapping[str, Tensor], received: Mapping[str, NDArray[np.generic]]) -> None:
-    shapes = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+def _check_fit(expected: Mapping[str, tuple[int, ...]], received: Mapping[str, NDArray[np.generic]]) -> None:
     found = {name: array.shape for name, array in received.items()}
-    wrong = sorted(name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name))
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     if wrong:
         raise StaleStateError(
-            f"student state does not fit: {wrong[0]} should have shape {shapes.get(wrong[0])}. "
+            f"student state does not fit: {wrong[0]} should have shape {expected.get(wrong[0])}. "
             f"Received: {found.get(wrong[0])}.",
             hint="it belongs to another feature spec or student configuration",
         )

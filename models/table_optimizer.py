@@ -12,7 +12,15 @@ from torch import Tensor
 
 from pipelines.table_rows import TableRows
 
-__all__ = ["TableOptimizer"]
+__all__ = ["TableOptimizer", "resized"]
+
+
+def resized(table: Tensor, rows: int) -> Tensor:
+    """A copy with more or fewer rows at its end; new ones are zero."""
+    copy = torch.zeros((rows, *table.shape[1:]), dtype=table.dtype)
+    kept = min(rows, len(table))
+    copy[:kept] = table[:kept]
+    return copy
 
 
 class TableOptimizer:
@@ -59,6 +67,27 @@ class TableOptimizer:
         """Forget all gradients seen; the table is taken as it stands."""
         for name, first in self.first_slots(self._table).items():
             self.slots[name].copy_(first)
+        self.touch_all()
+
+    def start(self, rows: Tensor) -> None:
+        """Begin learning some rows, each named once, that have been written to the table."""
+        for name, first in self.first_slots(self._table.index_select(0, rows)).items():
+            self.slots[name].index_copy_(0, rows, first)
+        self._touched.index_fill_(0, rows, True)
+
+    def clear(self, rows: Tensor) -> None:
+        """Make some rows and their slots zero."""
+        for values in (self._table, *self.slots.values()):
+            values.index_fill_(0, rows, 0)
+        self._touched.index_fill_(0, rows, True)
+
+    def resize(self, table: Tensor) -> None:
+        """Go on with a table of more or fewer rows: the first are the same, slots of new ones are zero."""
+        self._table = table
+        for name, old in self.slots.items():
+            self.slots[name] = resized(old, len(table))
+        self._scratch = torch.zeros_like(table)
+        self._touched = torch.zeros(len(table), dtype=torch.bool)
         self.touch_all()
 
     def touch_all(self) -> None:

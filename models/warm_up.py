@@ -75,7 +75,9 @@ def warm_up(student: Student, train: TrainingRows, validation: TrainingSet | Non
         if validation is None or len(validation) == 0:
             continue
         losses.append(
-            cured_log_loss(student.predict_logit(validation.buckets, validation.numbers), validation)
+            cured_log_loss(
+                student.predict_logit(validation.buckets, validation.numbers, validation.ids), validation
+            )
         )
         if losses[-1] == min(losses):
             best = student.state()
@@ -100,4 +102,5 @@ def _one_epoch(student: Student, train: TrainingRows, mean_weight: float) -> Non
         ) -> NDArray[np.float64]:
             return weight * cure_derivatives(logit, label, share)[0]
 
-        student.update(batch.buckets, batch.numbers, gradient)
+        student.see(batch.buckets, batch.ids, int(batch.event_time[-1]))
+        student.update(batch.buckets, batch.numbers, gradient, batch.ids)

@@ -120,7 +120,7 @@ def load_config(path: Path | None = None, overrides: Sequence[str] = ()) -> Conf
             raise ConfigError(f"cannot read the config file {path}: {error.strerror}.") from error
     config = parse_config(text, str(path), overrides)
     if path is not None and config.features.spec is not None and not config.features.spec.is_absolute():
-        features = FeaturesConfig(spec=path.parent / config.features.spec)
+        features = config.features.model_copy(update={"spec": path.parent / config.features.spec})
         config = config.model_copy(update={"features": features})
     return config
 

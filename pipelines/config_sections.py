@@ -29,6 +29,7 @@ __all__ = [
     "ServeConfig",
     "StreamConfig",
     "StudentConfig",
+    "TablesConfig",
     "Task",
     "TaskLabelsConfig",
     "TeacherConfig",
@@ -171,9 +172,13 @@ class DelayConfig(Section):
 
 
 class FeaturesConfig(Section):
-    """Where the feature spec is; absent means inferred from the warm-up part of the log."""
+    """Where the feature spec is; absent means inferred from the warm-up part of the log.
+
+    ``dynamic`` adds to the features whose ids get table rows of their own: see `TablesConfig`.
+    """
 
     spec: Path | None = None
+    dynamic: tuple[str, ...] = ()
 
 
 class TeacherConfig(Section):
@@ -184,6 +189,19 @@ class TeacherConfig(Section):
     learning_rate: float = Field(default=0.08, gt=0)
     leaves: int = Field(default=31, ge=2)
     min_rows_in_leaf: int = Field(default=100, ge=1)
+
+
+class TablesConfig(Section):
+    """Rows of their own for ids of the dynamic features; see ``docs/tables.md``.
+
+    At most ``capacity`` ids have one at a time (0: none). An id gets it when it has been learned from
+    ``admit_after`` times, counted in ``filter_cells`` cells, and loses it when it has not been for ``ttl``.
+    """
+
+    capacity: int = Field(default=1 << 20, ge=0, le=1 << 30)
+    admit_after: int = Field(default=2, ge=1)
+    filter_cells: int = Field(default=1 << 22, ge=64, le=1 << 30)
+    ttl: Duration = 30 * 86_400_000
 
 
 class StudentConfig(Section):
@@ -207,6 +225,11 @@ class StudentConfig(Section):
     dense_learning_rate: float = Field(default=0.002, gt=0)
     warmup_epochs: int = Field(default=3, ge=1)
     seed: int = 17
+    tables: TablesConfig = TablesConfig()
+
+    def hashed(self) -> StudentConfig:
+        """The same without rows of their own for ids."""
+        return self.model_copy(update={"tables": self.tables.model_copy(update={"capacity": 0})})
 
     @model_validator(mode="after")
     def _l1_is_for_ftrl(self) -> StudentConfig:

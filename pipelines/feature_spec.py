@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -88,6 +88,9 @@ class FeatureSpec(_Part):
 
     Row 0 of the embedding table is padding. Field ``i`` owns the rows
     ``[offsets[i], offsets[i] + sizes[i])``; the first of them stands for null.
+
+    ``dynamic`` names fields of hashed values whose ids are encoded beside their buckets, so that a model can
+    give them rows of their own (`models.id_table`).
     """
 
     version: Literal[1] = 1
@@ -98,6 +101,7 @@ class FeatureSpec(_Part):
     sequence: tuple[Sequence, ...] = ()
     cross: tuple[Cross, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
+    dynamic: tuple[str, ...] = ()
 
     @model_validator(mode="after")
     def _names_are_consistent(self) -> FeatureSpec:
@@ -110,7 +114,29 @@ class FeatureSpec(_Part):
             missing = [name for name in cross.of if name not in known]
             if missing:
                 raise ValueError(f"a cross takes categorical features. Not among them: {', '.join(missing)}")
+        parts: tuple[Categorical | Cross | Sequence, ...] = (*self.categorical, *self.cross, *self.sequence)
+        hashed = {part.name for part in parts}
+        unknown = [name for name in self.dynamic if name not in hashed]
+        if unknown:
+            raise ValueError(
+                f"dynamic takes categorical features, sequences and crosses: {', '.join(sorted(hashed))}. "
+                f"Not among them: {', '.join(unknown)}"
+            )
         return self
+
+    def with_dynamic(self, names: Iterable[str]) -> FeatureSpec:
+        """The same with more dynamic fields.
+
+        Raises
+        ------
+        ConfigError
+            If a name is no field of hashed values.
+        """
+        dynamic = tuple(dict.fromkeys((*self.dynamic, *names)))
+        try:
+            return FeatureSpec.model_validate({**dict(self), "dynamic": dynamic})
+        except ValidationError as error:
+            raise ConfigError(f"features.dynamic: {error.errors()[0]['msg']}.") from error
 
     def fields(self) -> Iterator[tuple[str, int]]:
         """Name and number of table rows of each field: interacting ones first, then wide-only ones."""
@@ -169,13 +195,23 @@ class FeatureSpec(_Part):
             columns += [index] * lengths.get(name, 1)
         return columns
 
+    @property
+    def id_columns(self) -> list[int]:
+        """The columns of the encoded bucket matrix that belong to dynamic fields."""
+        names = self.field_names
+        return [column for column, field in enumerate(self.column_field) if names[field] in self.dynamic]
+
     def digest(self) -> str:
         """sha256 of what decides the encoding (the left-out list and notes do not)."""
-        body = self.model_dump(mode="json", exclude={"left_out"})
+        body = self.model_dump(mode="json", exclude={"left_out", *self._unused()})
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def to_toml(self) -> str:
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        return tomli_w.dumps(self.model_dump(mode="json", exclude=self._unused(), exclude_none=True))
+
+    def _unused(self) -> set[str]:
+        # Specs without dynamic fields stay what they were, digest and text.
+        return set() if self.dynamic else {"dynamic"}
 
     @classmethod
     def from_toml(cls, text: str, where: str = "feature spec") -> FeatureSpec:

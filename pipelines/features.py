@@ -19,7 +19,7 @@ from pipelines.duration import HOUR_MS
 from pipelines.errors import DataError
 from pipelines.feature_columns import as_column, as_lists, as_text, text_column
 from pipelines.feature_spec import FeatureSpec, Numeric, Sequence
-from pipelines.hashing import hash_column, mix
+from pipelines.hashing import hash_column, hash_text, mix
 
 __all__ = ["Encoded", "as_text", "encode", "encode_rows"]
 
@@ -38,12 +38,15 @@ class Encoded:
         Hash of the user, for grouping.
     segment_key : ndarray of int64, shape (n, segments)
         Hash of each calibration segment's value.
+    ids : ndarray of int64, shape (n, id columns)
+        Hash of field and value for the columns of ``spec.id_columns``; 0 where there is no value.
     """
 
     buckets: NDArray[np.int32]
     numbers: NDArray[np.float32]
     user_key: NDArray[np.int64]
     segment_key: NDArray[np.int64]
+    ids: NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.buckets)
@@ -75,10 +78,17 @@ def encode(impressions: pa.Table, spec: FeatureSpec, segments: tuple[str, ...] =
 
     columns: list[NDArray[np.int32]] = []
     numbers: list[NDArray[np.float32]] = []
+    ids: list[NDArray[np.int64]] = []
     offset = dict(zip(spec.field_names, spec.offsets, strict=True))
+
+    def add(name: str, buckets: int, hashes: NDArray[np.uint64]) -> None:
+        columns.append(_bucket(hashes, offset[name], buckets))
+        if name in spec.dynamic:
+            ids.append(_ids(hashes, name, spec.hash_seed))
+
     for part in spec.categorical:
         if not part.wide_only:
-            columns.append(_bucket(hashed(part.name), offset[part.name], part.buckets))
+            add(part.name, part.buckets, hashed(part.name))
     for number in spec.numeric:
         value = _numeric_column(impressions, number.name)
         if number.boundaries:
@@ -88,19 +98,21 @@ def encode(impressions: pa.Table, spec: FeatureSpec, segments: tuple[str, ...] =
         hour = (_column(impressions, "event_time").to_numpy() // HOUR_MS) % 24
         columns.append((offset[spec.hour.name] + 1 + hour).astype(np.int32))
     for cross in spec.cross:
-        columns.append(_bucket(_cross(hashed, cross.of), offset[cross.name], cross.buckets))
+        add(cross.name, cross.buckets, _cross(hashed, cross.of))
     for sequence in spec.sequence:
-        columns.extend(_sequence_columns(impressions, sequence, offset[sequence.name], spec.hash_seed))
+        values = _Values.of(impressions, sequence, spec.hash_seed)
+        columns.extend(values.spread(_bucket(values.hashes, offset[sequence.name], sequence.buckets)))
+        if sequence.name in spec.dynamic:
+            ids.extend(values.spread(_ids(values.hashes, sequence.name, spec.hash_seed)))
     for part in spec.categorical:
         if part.wide_only:
-            columns.append(_bucket(hashed(part.name), offset[part.name], part.buckets))
+            add(part.name, part.buckets, hashed(part.name))
     return Encoded(
-        buckets=np.stack(columns, axis=1) if columns else np.zeros((n, 0), np.int32),
-        numbers=np.stack(numbers, axis=1) if numbers else np.zeros((n, 0), np.float32),
+        buckets=_matrix(columns, n, np.int32),
+        numbers=_matrix(numbers, n, np.float32),
         user_key=hashed("user_id").view(np.int64),
-        segment_key=np.stack([hashed(name).view(np.int64) for name in segments], axis=1)
-        if segments
-        else np.zeros((n, 0), np.int64),
+        segment_key=_matrix([hashed(name).view(np.int64) for name in segments], n, np.int64),
+        ids=_matrix(ids, n, np.int64),
     )
 
 
@@ -125,6 +137,16 @@ def _hash_feature(table: pa.Table, name: str, seed: int) -> NDArray[np.uint64]:
     if name not in table.column_names:
         return np.zeros(table.num_rows, np.uint64)
     return hash_column(text_column(_column(table, name)), seed)
+
+
+def _matrix(columns: list[NDArray[Any]], n: int, dtype: type[np.generic]) -> NDArray[Any]:
+    return np.stack(columns, axis=1) if columns else np.zeros((n, 0), dtype)
+
+
+def _ids(hashes: NDArray[np.uint64], field: str, seed: int) -> NDArray[np.int64]:
+    """One id for each value of each field; 0, which stands for no id, for nulls."""
+    ids = mix(np.full(len(hashes), hash_text(field, seed), np.uint64), hashes)
+    return np.where(hashes == 0, np.uint64(0), ids).view(np.int64)
 
 
 def _bucket(hashes: NDArray[np.uint64], offset: int, buckets: int) -> NDArray[np.int32]:
@@ -168,16 +190,30 @@ def _cut(value: NDArray[np.float64], part: Numeric, offset: int) -> NDArray[np.i
     return (np.where(np.isnan(value), 0, inside) + offset).astype(np.int32)
 
 
-def _sequence_columns(table: pa.Table, part: Sequence, offset: int, seed: int) -> list[NDArray[np.int32]]:
-    n = table.num_rows
-    matrix = np.zeros((n, part.max_length), np.int32)
-    if part.name in table.column_names:
-        column = as_lists(_column(table, part.name))
-        if not pa.types.is_null(column.type):
-            lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
-            flat = _bucket(hash_column(text_column(column.flatten()), seed), offset, part.buckets)
-            row = np.repeat(np.arange(n), lengths)
-            place = np.arange(len(flat)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-            kept = place < part.max_length
-            matrix[row[kept], place[kept]] = flat[kept]
-    return list(matrix.T)
+@dataclass(frozen=True)
+class _Values:
+    """Hashes of the values of a sequence, and the row and place of each."""
+
+    hashes: NDArray[np.uint64]
+    row: NDArray[np.int64]
+    place: NDArray[np.int64]
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, table: pa.Table, part: Sequence, seed: int) -> _Values:
+        hashes, row, place = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, np.int64)
+        if part.name in table.column_names:
+            column = as_lists(_column(table, part.name))
+            if not pa.types.is_null(column.type):
+                lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+                hashes = hash_column(text_column(column.flatten()), seed)
+                row = np.repeat(np.arange(table.num_rows), lengths)
+                place = np.arange(len(hashes)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return cls(hashes, row, place, (table.num_rows, part.max_length))
+
+    def spread(self, values: NDArray[Any]) -> list[NDArray[Any]]:
+        """A column for each place, 0 where a row has no value; those too many are left out."""
+        matrix = np.zeros(self.shape, values.dtype)
+        kept = self.place < self.shape[1]
+        matrix[self.row[kept], self.place[kept]] = values[kept]
+        return list(matrix.T)

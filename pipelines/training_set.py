@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,8 @@ class TrainingSet:
     observed_share : ndarray of float32, shape (n,)
         F(elapsed): the share of the outcomes to come that would be known by now; 1 when mature. A row
         with label 0 has the likelihood ``1 - p F``.
+    ids : ndarray of int64, shape (n, id columns), or None
+        See `pipelines.features.Encoded`; None where they are not known, as in snapshots.
     """
 
     buckets: NDArray[np.int32]
@@ -55,13 +57,16 @@ class TrainingSet:
     event_time: NDArray[np.int64]
     mature: NDArray[np.bool_]
     observed_share: NDArray[np.float32]
+    ids: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.label)
 
     def take(self, rows: NDArray[np.int64] | NDArray[np.bool_] | slice) -> TrainingSet:
         """The chosen rows, in the given order."""
-        return TrainingSet(**{part.name: getattr(self, part.name)[rows] for part in fields(self)})
+        columns: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
+        taken = {name: values[rows] for name, values in columns.items() if values is not None}
+        return TrainingSet(**taken)
 
     def batches(self, rows: int) -> Iterator[TrainingSet]:
         """Views of the rows, so many at a time; the last may be smaller."""

@@ -92,11 +92,11 @@ class SmallRun:
         yield from cutter.flush()
 
 
-def build_small_run(folder: Path) -> SmallRun:
-    """Simulate, train and replay; a few seconds."""
+def build_small_run(folder: Path, *more: str) -> SmallRun:
+    """Simulate, train and replay with more settings; a few seconds."""
     events, out = folder / "events", folder / "backtest"
     out.mkdir()
     write_simulation(simulate(SIMULATION), events, "jsonl")
-    config = load_config(None, SETTINGS)
+    config = load_config(None, [*SETTINGS, *more])
     files = EventFiles(events)
     return SmallRun(events, files, config, out, run_backtest(config, files, out))
