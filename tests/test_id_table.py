@@ -241,7 +241,7 @@ def test_changes_are_copies() -> None:
     table = IdTable(TablesConfig(admit_after=1), seed=1)
     table.see(keys_of([1, 2]), now=0)
     _, tables = table.take_changes()
-    before = {name: part.values.copy() for name, part in tables.items()}
+    before = {name: part.values.copy() for name, (part,) in tables.items()}
     table.see(keys_of([3, 1]), now=HOUR_MS)
-    assert isinstance(tables["weights/ids"], TableRows)
-    assert all((before[name] == part.values).all() for name, part in tables.items())
+    assert isinstance(tables["weights/ids"][0], TableRows)
+    assert all((before[name] == part.values).all() for name, (part,) in tables.items())
