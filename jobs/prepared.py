@@ -5,7 +5,7 @@ Nothing here depends on what the student has learned, so it is done for thousand
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -74,7 +74,7 @@ class StepEvents:
     ``teacher_logit`` and ``stale_logit`` (the first student, never updated) are calibrated, (impressions,
     tasks). ``read`` counts rows by kind, dead letters with
     the kind of their topic. ``clock`` is the arrival time of the last event, -1 if there are only dead
-    letters.
+    letters. ``raw`` gives the rows as they were read.
     """
 
     arrivals: Arrivals
@@ -86,6 +86,7 @@ class StepEvents:
     read: dict[int, int]
     clock: int
     source: StepSource
+    raw: Callable[[], EventBlock]
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ class PreparedBlock:
             read=read,
             clock=self._clock(start, stop),
             source=self._source(start, stop),
+            raw=lambda: self.block.slice(start, stop),
         )
 
     def _clock(self, start: int, stop: int) -> int:

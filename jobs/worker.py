@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 
+from jobs.audit_log import AuditLog
+from jobs.breaker_gate import BreakerGate
 from jobs.checkpoint import CheckpointStore
 from jobs.online import OnlineLoop
 from jobs.online_state import load_loop_state, loop_state
@@ -33,9 +35,10 @@ from jobs.predictions import PredictionLog
 from jobs.prepared import PreparedBlock, StepEvents, prepare
 from jobs.publishing import FirstReleases, load_first, publish_student
 from jobs.release import garbage_collect, pointed
-from jobs.release_manifest import parse_name
+from jobs.release_manifest import parse_name, release_name
 from jobs.release_pointer import CURRENT, read_pointer
 from jobs.steps import StepCutter
+from jobs.worker_metrics import WorkerMetrics
 from jobs.worker_tracking import WorkerTracking
 from pipelines.config import Config
 from pipelines.dead_letters import DeadLetterFile
@@ -55,6 +58,7 @@ _POLL_ROWS = 8192
 _FRESHNESS_RESOLUTION_MS = 100
 _REPORT_EVERY_S = 5.0
 _BROKER_RETRY_S = 1.0
+_FULL_RETRY_S = 0.1
 
 
 class Worker:
@@ -92,21 +96,36 @@ class Worker:
         self.predictions = PredictionLog(state / "predictions")
         self.dead_letters = DeadLetterFile(state / "dead_letters.jsonl")
         self.tracking = WorkerTracking(config, state)
+        self.gate = BreakerGate(config.breaker, self.first.student.spec, state, self.store.epoch)
+        self.audit = AuditLog(state / "audit")
         self.segments: list[str] = []
         self.release = self.first.student.name
         self.digest: str | None = None
         self._frozen = self.first.frozen()
         cursor = self._restore()
+        self.metrics = WorkerMetrics(config.stream, clock)
         self.source = KafkaSource(config.kafka, cursor, until_end=until_end)
         self.cursor: Cursor = self.source.cursor
+        self.audit.restore(self._audit_end, self.loop, self.cursor.to_state())
         self._kinds = dict(zip(_topic_names(config), range(3), strict=True))
         self._cutter = StepCutter(self._prepare, config.student.batch_rows, self.first.warm_up_until)
         self._committed_step = self.loop.step_number
+        self._committed_version = self.version
         self._letters: list[DeadLetter] = []
         self._produced: dict[int, int] = {}
         self._last_commit = self._last_report = self._clock()
         self._reported_step = self.loop.step_number
         self._is_stopping = False
+
+    @property
+    def version(self) -> int:
+        """Number of the next checkpoint: it grows with each step that is learned or held."""
+        return self.loop.step_number + self.gate.moves
+
+    @property
+    def committed_step(self) -> int:
+        """Steps learned up to the last commit."""
+        return self._committed_step
 
     def stop(self) -> None:
         """Finish the step at hand, commit and return from `run`."""
@@ -127,6 +146,7 @@ class Worker:
     def close(self) -> None:
         """Leave the broker and MLflow."""
         self.source.close()
+        self.metrics.close()
         self.tracking.close()
 
     def commit(self) -> None:
@@ -143,8 +163,10 @@ class Worker:
         """
         self.store.check_lease()
         self._hand_over_letters()
-        if not self.loop.tasks or self.loop.step_number == self._committed_step:
+        if not self.loop.tasks or self.version == self._committed_version:
             return
+        has_learned = self.loop.step_number != self._committed_step
+        self.gate.flush(self.source.partitions)
         segment = self.predictions.write_segment(
             self._committed_step, self.loop.step_number, self.store.epoch
         )
@@ -154,26 +176,47 @@ class Worker:
         # The cursor is part of what is compared: equal digests mean equal state at the same rows.
         plain["cursor"] = self.cursor.to_state()
         plain["first_release"] = self.first.student.digest()
+        plain["breaker"] = self.gate.state()
+        release = release_name("student", self.store.epoch, self.loop.step_number) if has_learned else None
+        audit = self.audit.append(
+            self.loop, plain["cursor"], version=self.version, epoch=self.store.epoch, release=release
+        )
         produced, self._produced = sorted(self._produced.items()), {}
         self.digest = self.store.commit(
-            self.loop.step_number,
+            self.version,
             arrays,
             plain,
             cursor=plain["cursor"],
             outputs=self.segments,
-            volatile={"committed_at": self._clock(), "produced_at": produced},
+            volatile={
+                "committed_at": self._clock(),
+                "produced_at": produced,
+                "breaker": self.gate.volatile(),
+                "audit": audit,
+            },
         )
-        self._committed_step = self.loop.step_number
-        self._publish(self.store.epoch, produced)
+        self._committed_step, self._committed_version = self.loop.step_number, self.version
+        self.metrics.reached("committed", produced)
+        if has_learned:
+            self._publish(self.store.epoch, produced)
+            self.metrics.reached("published", produced)
+        self.gate.committed(self.store)
         self.source.commit_offsets(self.cursor)
         needed = (self.first.teacher.name, self.first.student.name)
         garbage_collect(self.releases, self.config.stream.keep_releases, needed)
-        self.tracking.committed(self.loop, {"messages": float(self.source.lag())})
+        figures = {"messages": float(self.source.lag()), "held_rows": float(self.gate.held_rows)}
+        self.tracking.committed(self.loop, figures)
 
     def _consume(self) -> None:
         """Each step is: predict, record, learn, calibrate; then, when it is time, commit and publish."""
         last_row = self._clock()
         while not self._is_stopping:
+            self.gate.obey(self.loop)
+            self._learn_held()
+            if self.gate.is_full:
+                self._when_due()
+                time.sleep(_FULL_RETRY_S)
+                continue
             block = self.source.poll(_POLL_ROWS, timeout_s=0.1)
             if block is not None:
                 last_row = self._clock()
@@ -185,6 +228,13 @@ class Worker:
             elif not self._until_end and self._clock() - last_row >= _LINGER_S:
                 # Of a log with an end every step is full but the last, however slowly it comes.
                 self._apply(self._cutter.flush())
+            self._when_due()
+
+    def _learn_held(self) -> None:
+        for events in self.gate.drain(self.loop, self._prepare, self.source.partitions):
+            self._learn(events)
+            if self._is_stopping:
+                return
             self._when_due()
 
     def _apply(self, steps: Iterable[StepEvents]) -> None:
@@ -199,6 +249,7 @@ class Worker:
         if now - self._last_commit >= self.config.stream.publish_every / 1000:
             self._commit_or_wait()
             self._last_commit = self._clock()
+        self.metrics.update(now, self)
         if now - self._last_report >= _REPORT_EVERY_S:
             self._report(now - self._last_report, self.loop.step_number - self._reported_step)
             self._last_report, self._reported_step = now, self.loop.step_number
@@ -238,6 +289,7 @@ class Worker:
 
     def _restore(self) -> Cursor | None:
         checkpoint = self.store.load()
+        self._audit_end: dict[str, Any] | None = None
         if checkpoint is None:
             self.predictions.keep_only([])
             return None
@@ -256,17 +308,20 @@ class Worker:
             self.first.delay,
         )
         load_loop_state(self.loop, checkpoint.arrays, plain)
+        volatile = checkpoint.manifest["volatile"]
+        self.gate.load_state(plain.pop("breaker"), volatile["breaker"])
+        self._audit_end = volatile["audit"]
         self.segments = list(checkpoint.manifest["outputs"])
         self.predictions.keep_only(self.segments)
         self.digest = checkpoint.manifest["digest"]
         self.release = pointed(self.releases, CURRENT) or self.release
         log.info("restored step=%d checkpoint=%s", self.loop.step_number, checkpoint.path.name)
-        self._publish_what_a_crash_prevented(checkpoint.manifest)
+        self._publish_what_a_crash_prevented(checkpoint.manifest, plain["step"])
         return cursor
 
-    def _publish_what_a_crash_prevented(self, manifest: Mapping[str, Any]) -> None:
+    def _publish_what_a_crash_prevented(self, manifest: Mapping[str, Any], step: int) -> None:
         pointer = read_pointer(self.releases, CURRENT)
-        committed = (manifest["epoch"], manifest["step"])
+        committed = (manifest["epoch"], step)
         if pointer is None or (not pointer.rollback and parse_name(pointer.name)[:2] < committed):
             produced = [(bucket, count) for bucket, count in manifest["volatile"]["produced_at"]]
             self._publish(manifest["epoch"], produced)
@@ -284,11 +339,21 @@ class Worker:
                 self.first.delay,
             )
             self._committed_step = self.loop.step_number
+        if self.loop.tasks and not self.gate.admits(events, self.loop):
+            self.gate.take(events, self.loop, self.source.partitions)
+            self._letters += events.dead_letters
+        else:
+            self._learn(events)
+        self.cursor = self.source.advance(self.cursor, events.source)
+
+    def _learn(self, events: StepEvents) -> None:
+        self.metrics.began(events.source.produced_at)
         result = self.loop.step(events)
+        self.metrics.learned(events.source.produced_at)
+        self.audit.add(result.joined, self.loop)
         self.predictions.add(result.predicted, self.loop.tasks, self.release)
         self._letters += events.dead_letters
         self._letters += [self._negative_delay(found) for found in result.negative_delays]
-        self.cursor = self.source.advance(self.cursor, events.source)
         if self.loop.tasks and events.source.produced_at is not None:
             buckets, counts = np.unique(
                 events.source.produced_at // _FRESHNESS_RESOLUTION_MS, return_counts=True
@@ -313,10 +378,13 @@ class Worker:
             "step": self.loop.step_number,
             "rows_per_s": round(steps * self.config.student.batch_rows / seconds),
             "lag": self.source.lag(),
+            "breaker": self.gate.mode,
+            "held_rows": self.gate.held_rows,
             "open_impressions": len(self.loop.joiner),
             "release": self.release,
         }
-        log.info("progress %s", " ".join(f"{name}={value}" for name, value in figures.items()))
+        text = " ".join(f"{name}={value}" for name, value in figures.items())
+        log.info("progress %s", text, extra={"figures": figures})
 
 
 def _topic_names(config: Config) -> list[str]:

@@ -14,6 +14,7 @@ __all__ = [
     "TASKS",
     "AttributionConfig",
     "BacktestConfig",
+    "BreakerConfig",
     "CalibrationConfig",
     "ChecksConfig",
     "DelayConfig",
@@ -272,6 +273,38 @@ class StreamConfig(Section):
     publish_every: Duration = 2_000
     keep_checkpoints: int = Field(default=3, ge=2)
     keep_releases: int = Field(default=50, ge=2)
+    metrics: str = ""
+    stall_after: Duration = 30_000
+
+
+class BreakerConfig(Section):
+    """When the worker stops learning: bounds on the rows of a window of event time, and the hold's size.
+
+    Off by default; the bounds are wide, so those that matter are to be set. See `monitoring.breaker` for the
+    figures. ``min_impressions`` and ``min_outcomes`` (clicks, conversions) are what a window must hold before
+    it is judged; ``hold_rows`` is how many rows wait on disk at most.
+    """
+
+    enabled: bool = False
+    window: Duration = 5 * 60_000
+    min_impressions: int = Field(default=1_000, ge=1)
+    min_outcomes: int = Field(default=100, ge=1)
+    click_rate: tuple[float, float] = (0.0, 1.0)
+    coverage: float = Field(default=0.0, ge=0, le=1)
+    null_rate: float = Field(default=1.0, ge=0, le=1)
+    null_rise: float = Field(default=1.0, ge=0, le=1)
+    rows_per_second: tuple[float, float] = (0.0, 1e9)
+    hold_rows: int = Field(default=10_000_000, ge=1)
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> BreakerConfig:
+        for name in ("click_rate", "rows_per_second"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high < float("inf"):
+                raise ValueError(
+                    f"{name} must be two finite bounds, 0 or more, the lower first. Got [{low}, {high}]"
+                )
+        return self
 
 
 class ServeConfig(Section):
