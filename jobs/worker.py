@@ -347,17 +347,16 @@ class Worker:
         self.cursor = self.source.advance(self.cursor, events.source)
 
     def _learn(self, events: StepEvents) -> None:
-        self.metrics.began(events.source.produced_at)
+        produced_at = events.source.produced_at if self.loop.tasks else None
+        self.metrics.began(produced_at)
         result = self.loop.step(events)
-        self.metrics.learned(events.source.produced_at)
+        self.metrics.learned(produced_at)
         self.audit.add(result.joined, self.loop)
         self.predictions.add(result.predicted, self.loop.tasks, self.release)
         self._letters += events.dead_letters
         self._letters += [self._negative_delay(found) for found in result.negative_delays]
-        if self.loop.tasks and events.source.produced_at is not None:
-            buckets, counts = np.unique(
-                events.source.produced_at // _FRESHNESS_RESOLUTION_MS, return_counts=True
-            )
+        if produced_at is not None:
+            buckets, counts = np.unique(produced_at // _FRESHNESS_RESOLUTION_MS, return_counts=True)
             for bucket, count in zip(buckets.tolist(), counts.tolist(), strict=True):
                 self._produced[bucket] = self._produced.get(bucket, 0) + count
 

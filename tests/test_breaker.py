@@ -1,0 +1,229 @@
+"""The breaker's figures against brute force over rows; its decisions, its state, its hold."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs.hold import Hold
+from monitoring.breaker import ArrivedRows, Breaker
+from monitoring.stall import StallWatch
+from pipelines.config import load_config
+from pipelines.config_sections import BreakerConfig
+from pipelines.errors import ConfigError, StaleStateError
+from pipelines.event_files import EventFiles
+from pipelines.events import EventBlock
+from tests.small_run import SmallRun
+
+CONFIG = BreakerConfig(enabled=True, window=1_000, min_impressions=1, min_outcomes=1)
+NONE = np.zeros(0, np.int64)
+
+
+def arrived(
+    impressions: list[int],
+    clicks: list[tuple[int, bool]] | None = None,
+    conversions: list[tuple[int, bool]] | None = None,
+    nulls: list[bool] | None = None,
+) -> ArrivedRows:
+    clicks, conversions = clicks or [], conversions or []
+    return ArrivedRows(
+        np.array(impressions, np.int64),
+        np.array([at for at, _ in clicks], np.int64),
+        np.array([at for at, _ in conversions], np.int64),
+        np.array([is_known for _, is_known in clicks], np.bool_),
+        np.array([is_known for _, is_known in conversions], np.bool_),
+        {} if nulls is None else {"price": np.array(nulls, np.bool_)},
+    )
+
+
+rows = st.lists(
+    st.tuples(st.integers(0, 5_000), st.sampled_from("icv"), st.booleans()), min_size=1, max_size=80
+)
+
+
+@given(rows, st.integers(1, 9))
+@settings(max_examples=150, deadline=None)
+def test_figures_are_those_of_the_rows_in_the_window(events: list[tuple[int, str, bool]], size: int) -> None:
+    events = sorted(events)
+    breaker = Breaker(CONFIG)
+    for start in range(0, len(events), size):
+        step = events[start : start + size]
+        own = [(at, flag) for at, kind, flag in step if kind == "i"]
+        breaker.observe(
+            arrived(
+                [at for at, _ in own],
+                [(at, flag) for at, kind, flag in step if kind == "c"],
+                [(at, flag) for at, kind, flag in step if kind == "v"],
+                [flag for _, flag in own],
+            ),
+            clock=step[-1][0],
+        )
+    clock, first_clock = events[-1][0], events[min(size, len(events)) - 1][0]
+    begin = (clock // 100 - 9) * 100
+    inside = [event for event in events if event[0] >= begin]
+    before = [event for event in events if event[0] < begin]
+
+    def share(kind: str, among: list[tuple[int, str, bool]]) -> float | None:
+        flags = [flag for _, own, flag in among if own == kind]
+        return sum(flags) / len(flags) if flags else None
+
+    found = breaker.figures()
+    impressions = sum(kind == "i" for _, kind, _ in inside)
+    clicks = sum(kind == "c" for _, kind, _ in inside)
+    assert found["click_rate"] == (clicks / impressions if impressions else None)
+    assert found["click_coverage"] == share("c", inside)
+    assert found["conversion_coverage"] == share("v", inside)
+    assert found["null_rate"] == share("i", inside)
+    now, then = share("i", inside), share("i", before)
+    expected = None if now is None or then is None else max(now - then, 0.0)
+    assert found["null_rise"] == pytest.approx(expected, abs=1e-12)
+    is_full = clock - first_clock >= 1_000
+    rate = len(inside) / ((clock - begin + 1) / 1000) if is_full else None
+    assert found["rows_per_second"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("bounds", "step", "reason"),
+    [
+        ({"click_rate": (0.1, 1.0)}, arrived([5, 6, 7]), "click_rate is 0, below 0.1"),
+        ({"click_rate": (0.0, 0.5)}, arrived([5], [(6, True)]), "click_rate is 1, above 0.5"),
+        ({"coverage": 0.8}, arrived([5, 5], [(6, True), (6, False)]), "click_coverage is 0.5, below 0.8"),
+        ({"coverage": 0.8}, arrived([5], [], [(6, False)]), "conversion_coverage is 0, below 0.8"),
+        ({"null_rate": 0.2}, arrived([5, 6], nulls=[True, False]), "null_rate is 0.5, above 0.2"),
+    ],
+)
+def test_each_bound_trips_and_says_why(bounds: dict[str, Any], step: ArrivedRows, reason: str) -> None:
+    breaker = Breaker(CONFIG.model_copy(update=bounds))
+    trip = breaker.observe(step, clock=7)
+    assert trip is not None
+    assert trip.reasons == (reason,)
+    assert trip.clock == 7
+    assert Breaker(CONFIG).observe(step, clock=7) is None
+
+
+def test_a_feature_that_is_filled_no_longer_and_a_stream_that_thins_out_trip() -> None:
+    breaker = Breaker(CONFIG.model_copy(update={"null_rise": 0.5, "rows_per_second": (3.0, 100.0)}))
+    trips = [breaker.observe(arrived([at], nulls=[at > 3_000]), clock=at) for at in range(0, 4_000, 100)]
+    assert next(trip.reasons for trip in trips if trip) == ("null_rise is 0.6, above 0.5",)
+    breaker.restart()
+    slow = [breaker.observe(arrived([at], nulls=[False]), clock=at) for at in range(4_000, 9_000, 500)]
+    assert slow[:2] == [None, None]  # the window is not full yet
+    trip = slow[2]
+    assert trip is not None
+    assert trip.reasons[0].startswith("rows_per_second is")
+
+
+def test_too_few_rows_are_not_judged() -> None:
+    config = BreakerConfig(enabled=True, window=1_000, min_impressions=10, click_rate=(0.1, 1.0))
+    breaker = Breaker(config)
+    assert breaker.observe(arrived(list(range(9))), clock=8) is None
+    assert breaker.observe(arrived([9]), clock=9) is not None
+
+
+def test_a_restored_breaker_goes_on_identically() -> None:
+    rng = np.random.default_rng(3)
+    breaker, restored = Breaker(CONFIG), Breaker(CONFIG)
+    for clock in range(0, 9_000, 150):
+        step = arrived(
+            sorted(rng.integers(clock, clock + 150, 5).tolist()),
+            [(clock, bool(rng.random() < 0.5))],
+            nulls=(rng.random(5) < 0.3).tolist(),
+        )
+        fresh = Breaker(CONFIG)
+        fresh.load_state(restored.state())
+        restored = fresh
+        breaker.observe(step, clock + 149)
+        restored.observe(step, clock + 149)
+        assert restored.figures() == breaker.figures()
+    assert restored.state() == breaker.state()
+
+
+def test_bounds_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ConfigError, match="click_rate"):
+        load_config(None, ["breaker.click_rate=[0.5, 0.1]"])
+    with pytest.raises(ConfigError, match=r"breaker\.click_rate"):
+        load_config(None, ["breaker.click_rat=[0.1, 0.5]"])
+
+
+# Hold ----------------------------------------------------------------------------------------------------
+
+
+def held_blocks(small_run: SmallRun) -> list[EventBlock]:
+    """Blocks with dead letters among them, as Kafka gives them."""
+    files = EventFiles(small_run.events)
+    blocks = list(files.blocks(0, 4_000, 500))
+    assert any(block.dead_letters for block in blocks)
+    return blocks
+
+
+def same(left: EventBlock, right: EventBlock) -> None:
+    for name in ("kind", "arrival_time", "partition", "offset", "row"):
+        assert getattr(left, name).tolist() == getattr(right, name).tolist()
+    assert [asdict(letter) for letter in left.dead_letters] == [
+        asdict(letter) for letter in right.dead_letters
+    ]
+    for kind in range(3):
+        assert left.tables[kind].to_pylist() == right.tables[kind].to_pylist()
+
+
+def test_held_steps_come_back_as_they_were(small_run: SmallRun, tmp_path: Path) -> None:
+    blocks, partitions = held_blocks(small_run), EventFiles(small_run.events).partitions
+    hold = Hold(tmp_path)
+    for number, block in enumerate(blocks):
+        hold.add(block)
+        if number % 3 == 2:
+            hold.flush(f"{number}.arrow", partitions)
+    hold.flush("last.arrow", partitions)
+    again = Hold(tmp_path)
+    again.load_state(hold.state())
+    assert again.steps == len(blocks)
+    found = []
+    for segment in again.segments:
+        steps = again.read(segment, partitions)
+        for start, end in zip([0, *steps.ends[:-1]], steps.ends, strict=True):
+            found.append(steps.block.slice(start, end))
+    for left, right in zip(found, blocks, strict=True):
+        same(left, right)
+
+
+def test_partitions_are_told_by_name_and_one_that_is_gone_is_refused(
+    small_run: SmallRun, tmp_path: Path
+) -> None:
+    block, partitions = held_blocks(small_run)[0], list(EventFiles(small_run.events).partitions)
+    hold = Hold(tmp_path)
+    hold.add(block)
+    hold.flush("one.arrow", partitions)
+    more = [("another", 0), *partitions]
+    assert (hold.read(hold.segments[0], more).block.partition == block.partition + 1).all()
+    with pytest.raises(StaleStateError, match="not read any more"):
+        hold.read(hold.segments[0], [("another", 0)])
+
+
+def test_a_damaged_segment_is_refused_and_unnamed_ones_are_removed(
+    small_run: SmallRun, tmp_path: Path
+) -> None:
+    hold = Hold(tmp_path)
+    for name in ("one.arrow", "two.arrow", "three.arrow"):
+        hold.add(held_blocks(small_run)[0])
+        hold.flush(name, EventFiles(small_run.events).partitions)
+    del hold.segments[:2]
+    hold.keep_only({"two.arrow"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["three.arrow", "two.arrow"]
+    content = bytearray((tmp_path / "three.arrow").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "three.arrow").write_bytes(content)
+    with pytest.raises(StaleStateError, match="missing or corrupt"):
+        hold.read(hold.segments[0], EventFiles(small_run.events).partitions)
+
+
+def test_a_stall_is_a_position_that_stands_while_the_lag_does_not_shrink() -> None:
+    watch = StallWatch(after_s=10)
+    assert not any(watch.look(now, position=5, lag=0) for now in range(0, 100, 5))  # nothing to read
+    assert not any(watch.look(now, position=now, lag=now) for now in range(100, 200, 5))  # slow, but reads
+    assert [watch.look(now, position=195, lag=now) for now in (200, 204, 206)] == [False, False, True]
