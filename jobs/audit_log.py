@@ -13,35 +13,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jobs.checkpoint import sync_file, sync_folder
-from jobs.online import OnlineLoop
+from jobs.learned_rows import LEARNED_SCHEMA
+from jobs.synced_files import sync_file, sync_folder
 from monitoring.accounting import KINDS, Accounting
 from pipelines.errors import SetupError, StaleStateError
-from pipelines.joined import Joined
-from pipelines.joiner import TASKS
 
-__all__ = ["LEARNED_SCHEMA", "AuditLog", "CommitLine", "learned_rows", "read_lines"]
+__all__ = ["AuditLog", "CommitLine", "Tally", "learned_rows", "read_lines"]
 
-LEARNED_SCHEMA = pa.schema(
-    [
-        ("key_low", pa.uint64()),
-        ("key_high", pa.uint64()),
-        ("outcome", pa.uint64()),
-        ("step", pa.int64()),
-        ("task", pa.int8()),
-        ("said", pa.int8()),
-        ("label", pa.float32()),
-    ]
-)
 # Before the first line of a ledger.
 _START = "0" * 64
 Counts = dict[str, dict[str, int]]
@@ -102,24 +88,55 @@ class _End:
         return cls() if named is None else cls(dict(named["files"]), named["last"])
 
 
-@dataclass
+@dataclass(frozen=True)
+class Tally:
+    """What had been read, and what had become of it, at one batch boundary."""
+
+    step: int
+    clock: int
+    cursor: list[list[Any]]
+    read: dict[str, int]
+    classes: Counts
+
+    @classmethod
+    def start(cls, cursor: list[list[Any]]) -> Tally:
+        """Before the first row."""
+        return cls(0, -1, cursor, dict.fromkeys(KINDS, 0), Accounting().value())
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Tally:
+        """By the plain part of a state (`jobs.online_state.loop_state`) with the cursor in it.
+
+        Raises
+        ------
+        StaleStateError
+            If the rows read are not those accounted for.
+        """
+        accounting = Accounting.from_state(plain["accounting"])
+        if any(accounting.check(plain["read"]).values()):
+            raise StaleStateError(
+                f"rows were lost or counted twice up to step {plain['step']}: expected every row read in "
+                f"exactly one class. Received {plain['read']} rows read, {accounting.state()}.",
+                hint="nothing of it is committed, the last commit stands: keep the state folder and the log, "
+                "for this is a defect of the worker",
+            )
+        return cls(plain["step"], plain["clock"], plain["cursor"], dict(plain["read"]), accounting.value())
+
+
 class AuditLog:
-    """Writes the ledger of one worker.
+    """Writes the ledger of one worker; it belongs to whoever commits.
 
     Parameters
     ----------
     folder : Path
     """
 
-    folder: Path
-    _end: _End = field(default_factory=_End)
-    _read: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-    _classes: Counts = field(default_factory=lambda: Accounting().value())
-    _cursor: list[list[Any]] = field(default_factory=list)
-    _step: int = 0
-    _parts: list[pa.RecordBatch] = field(default_factory=list)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._end = _End()
+        self._last = Tally.start([])
 
-    def restore(self, end: Mapping[str, Any] | None, loop: OnlineLoop, cursor: list[list[Any]]) -> None:
+    def restore(self, end: Mapping[str, Any] | None, last: Tally) -> None:
         """Go on behind what a checkpoint names; without a checkpoint (None) from the start.
 
         Raises
@@ -127,40 +144,21 @@ class AuditLog:
         StaleStateError
             If the ledger is shorter than the checkpoint says, or another one.
         """
-        self._end = _End.of(end)
+        self._end, self._last = _End.of(end), last
         needed = {line.learned for line in read_lines(self.folder, end)} | set(self._end.files)
         for pattern in ("learned-*.parquet", "commits-*.jsonl", ".tmp-*"):
             for left in self.folder.glob(pattern):
                 if left.name not in needed:
                     left.unlink(missing_ok=True)
-        self._note(loop, cursor)
-
-    def add(self, joined: Joined, loop: OnlineLoop) -> None:
-        """Record the rows that the last step has learned."""
-        for task in loop.tasks:
-            index = TASKS.index(task)
-            rows = joined.examples[index]
-            if len(rows):
-                keys = loop.joiner.keys_of(rows.slot)
-                # What an outcome is told apart by; a row without one has none.
-                first = loop.joiner.windows[index].first_hash[rows.slot]
-                self._parts.append(
-                    pa.record_batch(
-                        [
-                            keys[:, 0],
-                            keys[:, 1],
-                            np.where(rows.label > 0, first, np.uint64(0)),
-                            np.full(len(rows), loop.step_number - 1),
-                            np.full(len(rows), index, np.int8),
-                            rows.kind.astype(np.int8),
-                            rows.label.astype(np.float32),
-                        ],
-                        schema=LEARNED_SCHEMA,
-                    )
-                )
 
     def append(
-        self, loop: OnlineLoop, cursor: list[list[Any]], *, version: int, epoch: int, release: str | None
+        self,
+        tally: Tally,
+        learned: Sequence[pa.RecordBatch],
+        *,
+        version: int,
+        epoch: int,
+        release: str | None,
     ) -> dict[str, Any]:
         """Add the line of a commit and sync it; returns what the checkpoint is to name.
 
@@ -169,15 +167,15 @@ class AuditLog:
         SetupError
             If the disk refuses the write.
         """
+        name = f"commits-{epoch:06d}.jsonl"
+        size = self._end.files.get(name, 0)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            learned = self._write_learned(version, epoch)
-            line = self._line(loop, cursor, version, epoch, release, learned)
+            file_name = self._write_learned(learned, version, epoch)
+            line = self._line(tally, version, epoch, release, file_name)
             text = json.dumps(vars(line), sort_keys=True).encode()
-            name = f"commits-{epoch:06d}.jsonl"
-            size = self._end.files.get(name, 0)
             with (self.folder / name).open("ab") as file:
-                # A commit that failed may have left its line.
+                # Behind the last line that counts there is nothing that does.
                 file.truncate(size)
                 file.write(text + b"\n")
                 file.flush()
@@ -189,37 +187,26 @@ class AuditLog:
                 hint="the last commit stands; make room and start the worker again",
             ) from error
         files = {**self._end.files, name: size + len(text) + 1}
-        self._end = _End(files, hashlib.sha256(text).hexdigest())
-        self._note(loop, cursor)
+        self._end, self._last = _End(files, hashlib.sha256(text).hexdigest()), tally
         return {"files": files, "last": self._end.last}
 
-    def _note(self, loop: OnlineLoop, cursor: list[list[Any]]) -> None:
-        self._read, self._classes = dict(loop.read), loop.accounting.value()
-        self._cursor, self._step = cursor, loop.step_number
-
     def _line(
-        self,
-        loop: OnlineLoop,
-        cursor: list[list[Any]],
-        version: int,
-        epoch: int,
-        release: str | None,
-        learned: str | None,
+        self, tally: Tally, version: int, epoch: int, release: str | None, learned: str | None
     ) -> CommitLine:
-        now = loop.accounting.value()
+        last = self._last
         changes = {
-            kind: {name: rows - self._classes[kind][name] for name, rows in classes.items()}
-            for kind, classes in now.items()
+            kind: {name: rows - last.classes[kind][name] for name, rows in classes.items()}
+            for kind, classes in tally.classes.items()
         }
         return CommitLine(
             version=version,
             epoch=epoch,
-            steps=(self._step, loop.step_number),
-            clock=loop.clock,
+            steps=(last.step, tally.step),
+            clock=tally.clock,
             release=release,
-            before=self._cursor,
-            after=cursor,
-            read={kind: rows - self._read[kind] for kind, rows in loop.read.items()},
+            before=last.cursor,
+            after=tally.cursor,
+            read={kind: rows - last.read[kind] for kind, rows in tally.read.items()},
             classes={
                 kind: {name: rows for name, rows in classes.items() if rows}
                 for kind, classes in changes.items()
@@ -228,16 +215,14 @@ class AuditLog:
             previous=self._end.last,
         )
 
-    def _write_learned(self, version: int, epoch: int) -> str | None:
-        if not self._parts:
+    def _write_learned(self, parts: Sequence[pa.RecordBatch], version: int, epoch: int) -> str | None:
+        if not parts:
             return None
         name = f"learned-{version:012d}-{epoch:06d}.parquet"
         temporary = self.folder / f".tmp-{name}"
-        table = pa.Table.from_batches(self._parts, LEARNED_SCHEMA)
-        pq.write_table(table, temporary, compression="zstd")
+        pq.write_table(pa.Table.from_batches(parts, LEARNED_SCHEMA), temporary, compression="zstd")
         sync_file(temporary)
         temporary.replace(self.folder / name)
-        self._parts = []
         return name
 
 

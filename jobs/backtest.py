@@ -84,7 +84,7 @@ def run_backtest(
     import pyarrow.parquet as pq
 
     from jobs.online import OnlineLoop
-    from jobs.publishing import publish_student
+    from jobs.publishing import Learned, publish_student
     from jobs.single_thread import use_one_thread
     from pipelines.config import dump_config
     from pipelines.label_plan import settle_labels
@@ -102,7 +102,7 @@ def run_backtest(
     loop = OnlineLoop(config)
     first, skipped = _warm_up(plan, loop)
     table = _replay(plan, loop, first)
-    publish_student(out / "releases", loop, first, epoch=1, parent=first.student.name, extra={})
+    publish_student(out / "releases", Learned.now(loop), first, epoch=1, parent=first.student.name, extra={})
     pq.write_table(table, out / "predictions.parquet", compression="zstd")
     _write_json(out / "accounting.json", accounting_report(loop))
     clock.lap("write")

@@ -61,9 +61,9 @@ def _ask(state: Path, name: Command) -> None:
     from jobs.breaker_request import write_request
 
     found = _committed(state)
-    if found["mode"] != "holding":
+    if found["mode"] != "holding" and not (found["mode"] == "draining" and name == "discard"):
         raise DataError(
-            f"nothing is held in {state}: the breaker is {found['mode']}.",
+            f"there is nothing to {name} in {state}: the breaker is {found['mode']}.",
             hint="`ctrstream breaker status` shows the last commit; one that has just opened commits soon",
         )
     write_request(state, name)

@@ -3,27 +3,29 @@
 Three modes::
 
     learning ── a bound is broken ──► holding ── resume ──► draining ── hold is empty ──► learning
-                                         └────── discard ──────────────────────────────────┘
+                                         └────── discard ───────┴─────────────────────────┘
 
 Held rows count as read and as pending, dead letters among them as dead letters. Steps are held as they were
 cut, so a worker that has resumed is, when the hold is empty, where it would be had it never stopped. While it
 drains nothing is judged; then the window begins anew.
+
+All of it belongs to the learning thread. A commit is given a `GateCut`, which never changes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 
-from jobs.breaker_request import Request, forget_request, read_request
+from jobs.breaker_request import forget_request, read_request
 from jobs.checkpoint import CheckpointStore
-from jobs.hold import Hold
+from jobs.hold import HeldSegment, Hold
 from jobs.online import OnlineLoop
 from jobs.prepared import PreparedBlock, StepEvents
 from monitoring.breaker import ArrivedRows, Breaker
@@ -32,12 +34,46 @@ from pipelines.events import IMPRESSION, KINDS, EventBlock
 from pipelines.feature_spec import FeatureSpec
 from pipelines.joiner import Joiner
 
-__all__ = ["BreakerGate", "Mode"]
+__all__ = ["BreakerGate", "GateCut", "Mode"]
 
 log = logging.getLogger(__name__)
 
 Mode = Literal["learning", "holding", "draining"]
 Partitions = Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True)
+class GateCut:
+    """The gate at a batch boundary.
+
+    Attributes
+    ----------
+    state : dict
+        What follows from the log and the commands: part of what is compared.
+    segments : tuple of HeldSegment
+    drained : int
+        Steps of the first segment that have been learned.
+    request : str or None
+        The newest command that has been carried out.
+    """
+
+    state: dict[str, Any]
+    segments: tuple[HeldSegment, ...]
+    drained: int
+    request: str | None
+
+    def write(self, folder: Path) -> dict[str, Any]:
+        """Make the held rows durable in ``folder``; returns what a checkpoint is to say of them.
+
+        It depends on when commits were due, and so is no part of what is compared.
+        """
+        for segment in self.segments:
+            segment.write(folder)
+        return {
+            "segments": [segment.told() for segment in self.segments],
+            "drained": self.drained,
+            "request": self.request,
+        }
 
 
 class BreakerGate:
@@ -106,7 +142,7 @@ class BreakerGate:
             return True
         self.mode = "holding"
         self.trips += 1
-        self.last_trip = asdict(trip)
+        self.last_trip = {**asdict(trip), "reasons": list(trip.reasons)}
         log.error(
             "breaker tripped clock=%d %s: rows are held, nothing is learned until `ctrstream breaker`",
             trip.clock,
@@ -124,11 +160,14 @@ class BreakerGate:
         self._note_ranges(events, partitions)
         self.moves += 1
         if self.hold.add(events.raw()):
-            self.flush(partitions)
+            # Many rows between two commits: they are not to wait in memory.
+            self._seal(partitions)
+            self.hold.segments[-1].write(self.hold.folder)
 
-    def flush(self, partitions: Partitions) -> None:
-        """Make all held rows durable; before a commit."""
-        self.hold.flush(f"{self.moves:012d}-{self._epoch:06d}.arrow", partitions)
+    def cut(self, partitions: Partitions) -> GateCut:
+        """The gate as it is, for a commit."""
+        self._seal(partitions)
+        return GateCut(self.state(), tuple(self.hold.segments), self._drained, self._request)
 
     def obey(self, loop: OnlineLoop) -> None:
         """Carry out what `ctrstream breaker` has asked for since the last look."""
@@ -137,13 +176,13 @@ class BreakerGate:
             return
         self._request = request.id
         self.moves += 1
-        if self.mode != "holding":
-            log.warning("breaker: %s is passed over, for nothing is held", request.command)
-        elif request.command == "resume":
+        if request.command == "resume" and self.mode == "holding":
             log.info("breaker: resumed, learning %d held rows", self.held_rows)
             self.mode = "draining"
+        elif request.command == "discard" and self.mode != "learning":
+            self._discard(loop)
         else:
-            self._discard(loop, request)
+            log.warning("breaker: %s is passed over, the breaker is %s", request.command, self.mode)
 
     def drain(
         self, loop: OnlineLoop, prepare: Callable[[EventBlock], PreparedBlock], partitions: Partitions
@@ -151,7 +190,7 @@ class BreakerGate:
         """The held steps in order; each is taken off the hold as it is handed out, to be learned at once."""
         if self.mode != "draining":
             return
-        self.flush(partitions)
+        self._seal(partitions)
         while self.hold.segments:
             held = self.hold.read(self.hold.segments[0], partitions)
             starts = [0, *held.ends[:-1]]
@@ -159,39 +198,38 @@ class BreakerGate:
             prepared = prepare(held.block.slice(first, len(held.block)))
             for start, end in list(zip(starts, held.ends, strict=True))[self._drained :]:
                 events = prepared.step(start - first, end - first)
-                self._hand_out(events, loop, len(starts))
+                self._hand_out(events, loop, len(starts), partitions)
                 yield events
         if self.mode == "draining":
             self._go_on()
 
-    def committed(self, store: CheckpointStore) -> None:
-        """After a commit: remove held rows that no checkpoint needs, and the request that it has settled."""
-        if self._request is not None:
-            forget_request(self._state_folder, self._request)
-        if self.hold.folder.exists():
+    def committed(self, cut: GateCut, store: CheckpointStore) -> None:
+        """After the commit of a cut, and while none is in flight: clear what it has settled.
+
+        That is the request that it holds the outcome of, and held rows that no checkpoint needs any more.
+        """
+        if cut.request is not None:
+            forget_request(self._state_folder, cut.request)
+        if self.hold.folder.exists() and any(self.hold.folder.iterdir()):
             kept = [store.manifest(name)["volatile"]["breaker"] for name in store.names()]
             self.hold.keep_only({segment["name"] for each in kept for segment in each["segments"]})
 
     def state(self) -> dict[str, Any]:
-        """JSON state that follows from the log and the commands: part of what is compared."""
+        """JSON state that follows from the log and the commands, copied."""
         return {
             "mode": self.mode,
             "moves": self.moves,
             "trips": self.trips,
             "rows": dict(self._rows),
             "dead": dict(self._dead),
-            "ranges": dict(self._ranges),
+            "ranges": {name: list(ends) for name, ends in self._ranges.items()},
             "last_trip": self.last_trip,
             "discarded": list(self.discarded),
             "window": self.breaker.state(),
         }
 
-    def volatile(self) -> dict[str, Any]:
-        """JSON state that depends on when commits were due: which segments hold the rows."""
-        return {"segments": self.hold.state(), "drained": self._drained, "request": self._request}
-
     def load_state(self, state: Mapping[str, Any], volatile: Mapping[str, Any]) -> None:
-        """Continue from a `state` and the `volatile` part that was committed with it."""
+        """Continue from a `state` and what `GateCut.write` told with it."""
         self.mode, self.moves, self.trips = state["mode"], state["moves"], state["trips"]
         self._rows, self._dead = dict(state["rows"]), dict(state["dead"])
         self._ranges = {name: list(ends) for name, ends in state["ranges"].items()}
@@ -225,16 +263,25 @@ class BreakerGate:
         for index in np.unique(source.partition).tolist():
             places = np.flatnonzero(source.partition == index)[[0, -1]]
             first, last = zip(source.offset[places].tolist(), source.row[places].tolist(), strict=True)
-            topic, partition = partitions[index]
-            self._ranges.setdefault(f"{topic}:{partition}", [list(first), list(last)])[1] = list(last)
+            name = "{}:{}".format(*partitions[index])
+            self._ranges[name] = [self._ranges[name][0] if name in self._ranges else [*first], [*last]]
 
-    def _hand_out(self, events: StepEvents, loop: OnlineLoop, steps: int) -> None:
+    def _seal(self, partitions: Partitions) -> None:
+        self.hold.seal(f"{self.moves:012d}-{self._epoch:06d}.arrow", partitions)
+
+    def _hand_out(self, events: StepEvents, loop: OnlineLoop, steps: int, partitions: Partitions) -> None:
         """Take a step off the hold; the loop counts its rows once more when it learns them."""
         dead = _dead_letters(events)
         _count(loop, events.read, dead, -1)
         for kind, rows in events.read.items():
             self._rows[KINDS[kind]] -= rows - dead[kind]
             self._dead[KINDS[kind]] -= dead[kind]
+        for index in np.unique(events.source.partition).tolist():
+            last = np.flatnonzero(events.source.partition == index)[-1]
+            # What is left begins behind it.
+            place = [int(events.source.offset[last]), int(events.source.row[last]) + 1]
+            name = "{}:{}".format(*partitions[index])
+            self._ranges[name] = [place, self._ranges[name][1]]
         self._drained += 1
         if self._drained == steps:
             self.hold.segments.pop(0)
@@ -242,7 +289,7 @@ class BreakerGate:
         if not self.hold.segments:
             self._go_on()
 
-    def _discard(self, loop: OnlineLoop, request: Request) -> None:
+    def _discard(self, loop: OnlineLoop) -> None:
         for kind, rows in self._rows.items():
             loop.accounting.move(kind, "pending", "expired", rows)
         entry = {

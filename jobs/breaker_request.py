@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from jobs.checkpoint import sync_folder, write_synced
+from jobs.synced_files import sync_folder, write_synced
 from pipelines.errors import SetupError
 
 __all__ = ["Command", "Request", "forget_request", "read_request", "write_request"]

@@ -3,35 +3,40 @@
 A checkpoint is a directory ``checkpoints/<step>-<epoch>/`` with tensors, plain data and a manifest that
 names every file's sha256. It exists from the moment its directory is renamed into place; it *counts* from
 the moment the head, a row in SQLite, is moved to it by compare-and-swap on the epoch.
+
+Tables are written whole in a base, and by the rows that changed in the deltas that follow it. The state
+digest is the same whichever way a state was written.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 import sqlite3
 import uuid
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save
 
+from jobs.checkpoint_files import PLAIN, broken_file, read_arrays, read_manifest, write_files
+from jobs.checkpoint_head import Head
+from jobs.checkpoint_retention import needed, remove
+from jobs.state_digest import state_digest
+from jobs.state_mirror import StateMirror
+from jobs.synced_files import sync_folder
+from models.table_rows import TableRows
 from pipelines.errors import SetupError, StaleStateError
 
 __all__ = ["Checkpoint", "CheckpointStore", "state_digest"]
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
 Arrays = Mapping[str, NDArray[Any]]
+_BROKEN = ".broken-"
 
 
 @dataclass(frozen=True)
@@ -41,30 +46,17 @@ class Checkpoint:
     Attributes
     ----------
     arrays : dict of str to ndarray
+        All of the state, tables included.
     plain : dict
         The JSON part of the state.
     manifest : dict
-        ``step, epoch, parent, digest, cursor, outputs, files, volatile``.
+        ``step, epoch, parent, base, chain, digest, cursor, outputs, shards, files, volatile``.
     """
 
     path: Path
     arrays: dict[str, NDArray[Any]]
     plain: dict[str, Any]
     manifest: dict[str, Any]
-
-
-def state_digest(arrays: Arrays, plain: Mapping[str, Any]) -> str:
-    """sha256 over names, types, shapes and bytes of all arrays in name order, and the plain data.
-
-    Equal digests mean equal state to the bit. Nothing that depends on the wall clock is part of it.
-    """
-    total = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        total.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
-        total.update(array.data if array.size else b"")
-    total.update(json.dumps(plain, sort_keys=True).encode())
-    return total.hexdigest()
 
 
 class CheckpointStore:
@@ -75,14 +67,19 @@ class CheckpointStore:
     root : Path
         The worker's state folder.
     keep : int
-        How many of the newest checkpoints garbage collection leaves.
+        How many of the newest checkpoints garbage collection leaves, beside what they stand on.
+    deltas : int
+        How many deltas may follow a base.
     """
 
-    def __init__(self, root: Path, keep: int = 3) -> None:
-        self.root, self.keep = root, keep
+    def __init__(self, root: Path, keep: int = 3, deltas: int = 16) -> None:
+        self.root, self.keep, self.deltas = root, keep, deltas
         self.folder = root / "checkpoints"
-        self._database = root / "head.sqlite"
         self.epoch = 0
+        self._head = Head(root)
+        self._mirror = StateMirror()
+        self._chain: list[dict[str, str]] = []  # name and seal of what the next delta stands on, base first
+        self._manifests: dict[str, dict[str, Any]] = {}
 
     def open(self) -> None:
         """Create what is missing and take the lease: any worker that held it before is fenced.
@@ -98,45 +95,22 @@ class CheckpointStore:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with closing(self._connect()) as database:
-                database.execute(
-                    "CREATE TABLE IF NOT EXISTS head (id INTEGER PRIMARY KEY CHECK (id = 1), "
-                    "epoch INTEGER NOT NULL, name TEXT)"
-                )
-                database.execute("BEGIN IMMEDIATE")
-                database.execute("INSERT OR IGNORE INTO head VALUES (1, 0, NULL)")
-                database.execute("UPDATE head SET epoch = epoch + 1 WHERE id = 1")
-                epoch, head = database.execute("SELECT epoch, name FROM head").fetchone()
-                database.execute("COMMIT")
-            self.epoch = int(epoch)
+            self.epoch, head = self._head.take_lease()
             # Not before the lease is ours: until then another worker may still make one of them count.
             self._sweep(head)
         except (OSError, sqlite3.OperationalError) as error:
             raise SetupError(
                 f"cannot write worker state in {self.root}: {error}.", hint="choose another --state folder"
             ) from error
-        except sqlite3.DatabaseError as error:
-            raise self._damaged_head(error) from error
 
     def check_lease(self) -> None:
         """Raise StaleStateError if another worker has taken the lease."""
-        if self._is_fenced():
-            raise self._fenced()
+        if self._head.is_fenced(self.epoch):
+            raise self._head.fenced(self.epoch)
 
     def head(self) -> str | None:
         """Name of the newest committed checkpoint."""
-        if not self._database.exists():
-            return None
-        try:
-            with closing(self._connect()) as database:
-                # A worker that is just starting has made the file and not yet the table.
-                table = database.execute("SELECT 1 FROM sqlite_master WHERE name = 'head'").fetchone()
-                row = table and database.execute("SELECT name FROM head WHERE id = 1").fetchone()
-        except sqlite3.OperationalError as error:
-            raise SetupError(f"cannot read {self._database}: {error}.") from error
-        except sqlite3.DatabaseError as error:
-            raise self._damaged_head(error) from error
-        return None if row is None else row[0]
+        return self._head.name()
 
     def names(self) -> list[str]:
         """All checkpoints on disk, oldest first."""
@@ -148,6 +122,7 @@ class CheckpointStore:
         arrays: Arrays,
         plain: Mapping[str, Any],
         *,
+        tables: Mapping[str, TableRows] | None = None,
         cursor: Any,
         outputs: list[str],
         volatile: Mapping[str, Any],
@@ -159,22 +134,30 @@ class CheckpointStore:
         3. Move the head by compare-and-swap on the epoch. This is the commit point.
         4. Remove checkpoints that nothing needs.
 
+        Rows of ``tables`` are what changed since the last call, whether that call succeeded or not; the first
+        call of a process gives whole tables.
+
         Raises
         ------
         StaleStateError
             If another worker has taken the lease: nothing has been committed.
         SetupError
             If the disk refuses the write: the head still names the previous checkpoint.
+        ValueError
+            If the step has been committed before.
         """
-        digest = state_digest(arrays, plain)
+        self._mirror.apply(arrays, tables or {})
+        digest = self._mirror.digest(plain)
         name = f"{step:012d}-{self.epoch:06d}"
+        if name == self.head():
+            raise ValueError(f"step {step} has been committed before")
+        about = {"step": step, "digest": digest, "cursor": cursor, "outputs": outputs}
         try:
-            self._write(name, step, arrays, plain, digest, cursor, outputs, volatile)
+            manifest = self._write(name, plain, {**about, "volatile": dict(volatile)})
             is_ours = self._move_head(name)
         except (OSError, sqlite3.OperationalError) as error:
             # A worker that takes the lease sweeps what this one is writing.
-            if self._is_fenced():
-                raise self._fenced() from error
+            self.check_lease()
             shutil.rmtree(self.folder / name, ignore_errors=True)
             raise SetupError(
                 f"cannot write checkpoint {name} in {self.folder}: {error}.",
@@ -182,54 +165,88 @@ class CheckpointStore:
             ) from error
         if not is_ours:
             shutil.rmtree(self.folder / name, ignore_errors=True)
-            raise self._fenced()
-        self._collect(name)
+            raise self._head.fenced(self.epoch)
+        self._mirror.settle()
+        self._chain = [*manifest["chain"], {"name": name, "seal": manifest["seal"]}]
+        self._manifests[name] = manifest
+        try:
+            self._collect()
+        except StaleStateError as error:
+            log.error("%s The next checkpoint will be a base.", error.message)
+            self._chain = []
         return digest
+
+    def committed_arrays(self) -> dict[str, NDArray[Any]]:
+        """All arrays of the last commit, by reference: valid until the next one."""
+        return {**self._mirror.arrays, **self._mirror.tables}
 
     def load(self) -> Checkpoint | None:
         """The head if it is intact, else the newest intact checkpoint before it; None for a fresh start.
 
+        A worker that holds the lease takes the head back with it, and sets aside what it went back over.
+
         Raises
         ------
         StaleStateError
-            If checkpoints exist and none is intact.
+            If checkpoints exist and none is intact, or another worker has taken the lease.
         """
         head = self.head()
         if head is None:
             return None
-        problems = []
+        problems: list[str] = []
+        seen: dict[Path, str] = {}
         for name in [known for known in reversed(self.names()) if known <= head]:
             try:
-                return self.read(name)
+                found = self.read(name, seen)
             except StaleStateError as error:
                 log.error("%s: going back to the checkpoint before it", error.message)
                 problems.append(error.message)
+                continue
+            if name != head and self.epoch:
+                self._go_back(name)
+            return found
         raise StaleStateError(
             f"no intact checkpoint in {self.folder}: " + "; ".join(problems or [f"{head} is missing"]),
             hint="restore the folder from a backup, or start a new one from a release",
         )
 
-    def read(self, name: str) -> Checkpoint:
-        """Read and verify one checkpoint.
+    def read(self, name: str, seen: dict[Path, str] | None = None) -> Checkpoint:
+        """Read and verify one checkpoint and all that it stands on.
+
+        Parameters
+        ----------
+        seen : dict, optional
+            Files that have been hashed before; to verify many checkpoints, give each call the same one.
 
         Raises
         ------
         StaleStateError
-            If a file is missing or its sha256 is not the manifest's.
+            If a file is missing or is not what its manifest says; the message names it.
         """
-        path = self.folder / name
         manifest = self.manifest(name)
-        for file, expected in manifest["files"].items():
-            found = _sha256(path / file)
-            if found != expected:
-                raise StaleStateError(
-                    f"checkpoint {name}: {file} is corrupt (sha256 {found[:12]}, expected {expected[:12]})"
-                )
-        arrays: dict[str, NDArray[Any]] = {}
-        for shard in manifest["shards"]:
-            arrays.update(load_file(path / shard["file"]))
-        plain = json.loads((path / "state.json").read_bytes())
-        return Checkpoint(path, arrays, plain, manifest)
+        chain = [(self.folder / name, manifest)]
+        for link in reversed(manifest["chain"]):
+            try:
+                found = self.manifest(link["name"])
+                if found["seal"] != link["seal"]:
+                    raise StaleStateError(f"checkpoint {link['name']} is not the one that was built on")
+            except StaleStateError as error:
+                raise StaleStateError(f"checkpoint {name} cannot be used: {error.message}") from error
+            chain.insert(0, (self.folder / link["name"], found))
+        for folder, found in chain:
+            wrong = broken_file(folder, found, {} if seen is None else seen)
+            if wrong is not None:
+                on = "" if folder.name == name else f" stands on {folder.name}, of which"
+                raise StaleStateError(f"checkpoint {name}{on or ':'} {wrong}")
+        arrays = read_arrays(chain)
+        plain = json.loads((self.folder / name / PLAIN).read_bytes())
+        digest = state_digest(arrays, plain)
+        if digest != manifest["digest"]:
+            raise StaleStateError(
+                f"checkpoint {name}: the state that its files give has digest {digest[:12]}, "
+                f"expected {manifest['digest'][:12]}"
+            )
+        return Checkpoint(self.folder / name, arrays, plain, manifest)
 
     def manifest(self, name: str) -> dict[str, Any]:
         """The manifest of a checkpoint; its files are not looked at.
@@ -239,52 +256,40 @@ class CheckpointStore:
         StaleStateError
             If there is none that can be read.
         """
-        try:
-            manifest: dict[str, Any] = json.loads((self.folder / name / "MANIFEST.json").read_bytes())
-        except (OSError, ValueError) as error:
-            raise StaleStateError(f"checkpoint {name} has no readable manifest: {error}") from error
-        seal = manifest.pop("seal", None) if isinstance(manifest, dict) else None
-        if seal is None or seal != _seal(manifest):
-            raise StaleStateError(f"checkpoint {name}: MANIFEST.json is corrupt")
-        return manifest
+        return read_manifest(self.folder / name)
 
-    def _write(
-        self,
-        name: str,
-        step: int,
-        arrays: Arrays,
-        plain: Mapping[str, Any],
-        digest: str,
-        cursor: Any,
-        outputs: list[str],
-        volatile: Mapping[str, Any],
-    ) -> None:
-        temporary = self.folder / f".tmp-{step}-{uuid.uuid4().hex}"
-        temporary.mkdir(parents=True)
-        files = {
-            "shard-00000.safetensors": save(
-                {key: np.ascontiguousarray(array) for key, array in arrays.items()}
-            ),
-            "state.json": json.dumps(plain, sort_keys=True).encode(),
-        }
-        manifest = {
-            "format": FORMAT,
-            "step": step,
+    def collect(self) -> list[str]:
+        """Remove committed checkpoints that nothing needs, and those set aside as broken; their names.
+
+        Safe beside a running worker: what is not committed yet, and what the head stands on, is not touched.
+
+        Raises
+        ------
+        StaleStateError
+            If the head's chain is broken.
+        """
+        gone = self._collect()
+        for broken in sorted(self.folder.glob(f"{_BROKEN}*")):
+            shutil.rmtree(broken, ignore_errors=True)
+            gone.append(broken.name)
+        return gone
+
+    def _write(self, name: str, plain: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+        changes = self._mirror.changes() if 0 < len(self._chain) <= self.deltas else None
+        chain = [] if changes is None else self._chain
+        history = {
             "epoch": self.epoch,
             "parent": self.head(),
-            "digest": digest,
-            "cursor": cursor,
-            "outputs": outputs,
-            "shards": [{"rank": 0, "file": "shard-00000.safetensors"}],
-            "files": {file: hashlib.sha256(content).hexdigest() for file, content in files.items()},
-            "volatile": dict(volatile),
+            "base": chain[0]["name"] if chain else name,
+            "chain": chain,
         }
-        files["MANIFEST.json"] = json.dumps({**manifest, "seal": _seal(manifest)}, indent=1).encode()
+        temporary = self.folder / f".tmp-{about['step']}-{uuid.uuid4().hex}"
+        temporary.mkdir(parents=True)
         target = self.folder / name
         try:
-            for file, content in files.items():
-                write_synced(temporary / file, content)
-            sync_folder(temporary)
+            manifest = write_files(
+                temporary, self._mirror.arrays, self._mirror.tables, changes, plain, {**about, **history}
+            )
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)
@@ -292,81 +297,38 @@ class CheckpointStore:
             # On a full disk the half that was written would be in the way of the next try.
             shutil.rmtree(temporary, ignore_errors=True)
         sync_folder(self.folder)
+        return manifest
 
     def _move_head(self, name: str) -> bool:
         """The commit point; False, and nothing is changed, if the lease is another worker's."""
-        with closing(self._connect()) as database:
-            database.execute("BEGIN IMMEDIATE")
-            moved = database.execute(
-                "UPDATE head SET name = ? WHERE id = 1 AND epoch = ?", (name, self.epoch)
-            ).rowcount
-            database.execute("COMMIT")
-        return moved == 1
+        return self._head.move(name, self.epoch)
 
-    def _is_fenced(self) -> bool:
-        try:
-            with closing(self._connect()) as database:
-                row = database.execute("SELECT epoch FROM head WHERE id = 1").fetchone()
-        except sqlite3.Error:
-            return False
-        return row is not None and row[0] != self.epoch
-
-    def _fenced(self) -> StaleStateError:
-        return StaleStateError(
-            f"another worker has taken over the state in {self.root} (this one held epoch {self.epoch}).",
-            hint="only one worker may learn from one state folder; this one has stopped",
-        )
-
-    def _damaged_head(self, error: sqlite3.DatabaseError) -> StaleStateError:
-        return StaleStateError(
-            f"{self._database} is damaged: {error}.", hint="restore the state folder from a backup"
-        )
+    def _go_back(self, name: str) -> None:
+        """Make an older checkpoint the head; newer ones count no more and are kept for inspection."""
+        if not self._move_head(name):
+            raise self._head.fenced(self.epoch)
+        for broken in [known for known in self.names() if known > name]:
+            aside = self.folder / f"{_BROKEN}{broken}-{uuid.uuid4().hex[:8]}"
+            (self.folder / broken).rename(aside)
+            log.error("checkpoint %s has been set aside as %s", broken, aside.name)
 
     def _sweep(self, head: str | None) -> None:
         for leftover in self.folder.glob(".tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)
-        for name in self.names():
-            if head is None or name > head:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+        remove(self.folder, [name for name in self.names() if head is None or name > head])
 
-    def _collect(self, newest: str) -> None:
-        for name in [known for known in self.names() if known <= newest][: -self.keep]:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+    def _collect(self) -> list[str]:
+        head = self.head()
+        if head is None:
+            return []
+        names = [name for name in self.names() if name <= head]
+        stay = needed(names, head, self.keep, self._known_manifest)
+        gone = remove(self.folder, [name for name in names if name not in stay])
+        for name in gone:
+            self._manifests.pop(name, None)
+        return gone
 
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._database, timeout=30, isolation_level=None)
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_file(path: Path) -> None:
-    """Wait until the disk has a file that was written through another library."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Wait until the disk has the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _seal(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return "missing"
+    def _known_manifest(self, name: str) -> dict[str, Any]:
+        if name not in self._manifests:
+            self._manifests[name] = self.manifest(name)
+        return self._manifests[name]

@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("jobs.train", "Train a teacher or a first student from a sample snapshot."),
     "stream": ("jobs.stream", "Update the student online from Kafka: predict, learn, calibrate, commit."),
     "backtest": ("jobs.backtest", "Run the worker's loop over event files and record every prediction."),
-    "checkpoint": ("jobs.checkpoint_command", "Look into a worker's state: list, verify, digest."),
+    "checkpoint": ("jobs.checkpoint_command", "Look into a worker's state: list, verify, digest, gc."),
     "breaker": ("jobs.breaker_command", "A worker that stopped learning: status, resume, discard."),
     "audit": ("jobs.audit_command", "What became of rows; in which step and release one was learned."),
     "evaluate": ("jobs.evaluate", "Measure recorded predictions: log loss, NE, AUC, PCOC."),

@@ -1,8 +1,9 @@
 """Rows that wait on disk: steps that were read but are not to be learned yet, as they were read.
 
-Steps are collected in memory and written as immutable segments, synced to disk before a checkpoint names
-them. A segment is five Arrow streams one behind the other: the rows' places, impressions, clicks,
-conversions, dead letters. What a crash leaves that no checkpoint names is removed at the next start.
+Steps are collected in memory and sealed into segments, which are written and synced, beside the thread that
+reads on, before a checkpoint names them. A segment is five Arrow streams one behind the other: the rows'
+places, impressions, clicks, conversions, dead letters. What a crash leaves that no checkpoint names is
+removed at the next start.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.checkpoint import sync_folder, write_synced
+from jobs.synced_files import sync_folder, write_synced
 from pipelines.errors import SetupError, StaleStateError
 from pipelines.events import DeadLetter, EventBlock
 
 __all__ = ["HeldSegment", "HeldSteps", "Hold"]
 
-# A segment is written when this many rows have been collected, or when a commit is due.
+# A segment is sealed, and written at once, when this many rows have been collected; or when a commit is due.
 _SEGMENT_ROWS = 65_536
 _COLUMNS = ("kind", "arrival_time", "partition", "offset", "row", "produced_at", "event_hash")
 _LETTERS = pa.schema(
@@ -37,14 +38,64 @@ _LETTERS = pa.schema(
 Partitions = Sequence[tuple[str, int]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class HeldSegment:
-    """A file of held steps, as a checkpoint names it."""
+    """Held steps that never change: in memory until they are written, from then on a file.
+
+    Attributes
+    ----------
+    steps, rows : int
+        How many of each.
+    sha256 : str or None
+        Of the file; None before there is one.
+    """
 
     name: str
     steps: int
     rows: int
-    sha256: str
+    sha256: str | None = None
+    _blocks: Sequence[EventBlock] | None = None
+    _partitions: Partitions = ()
+
+    @classmethod
+    def sealed(cls, name: str, blocks: Sequence[EventBlock], partitions: Partitions) -> HeldSegment:
+        """Of the steps ``blocks``, which are not on disk yet."""
+        return cls(name, len(blocks), sum(map(len, blocks)), None, blocks, list(partitions))
+
+    def in_memory(self) -> HeldSteps | None:
+        """The steps, if they are not on disk yet."""
+        blocks = self._blocks
+        return None if blocks is None else HeldSteps(EventBlock.concat(blocks), _ends(blocks))
+
+    def write(self, folder: Path) -> None:
+        """Make the steps durable; nothing is done a second time.
+
+        Raises
+        ------
+        SetupError
+            If the disk refuses the write; the steps stay in memory.
+        """
+        if self._blocks is None:
+            return
+        content = _encode(self._blocks, self._partitions)
+        temporary = folder / f".tmp-{self.name}"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_synced(temporary, content)
+            temporary.replace(folder / self.name)
+            sync_folder(folder)
+        except OSError as error:
+            raise SetupError(
+                f"cannot write held rows in {folder}: {error}.",
+                hint="the last commit stands; make room and start the worker again",
+            ) from error
+        self.sha256 = hashlib.sha256(content).hexdigest()
+        # Last: whoever finds nothing in memory finds the file.
+        self._blocks = None
+
+    def told(self) -> dict[str, Any]:
+        """What a checkpoint says of the file."""
+        return {"name": self.name, "steps": self.steps, "rows": self.rows, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
@@ -80,12 +131,12 @@ class Hold:
         return sum(segment.steps for segment in self.segments) + len(self._pending)
 
     def add(self, block: EventBlock) -> bool:
-        """Hold the rows of one step; whether it is time to `flush`."""
+        """Hold the rows of one step; whether it is time to `seal` and to write."""
         self._pending.append(block)
         return sum(map(len, self._pending)) >= _SEGMENT_ROWS
 
-    def flush(self, name: str, partitions: Partitions) -> None:
-        """Make what is in memory durable as the segment ``name``.
+    def seal(self, name: str, partitions: Partitions) -> None:
+        """Make a segment of the steps that are in none.
 
         Parameters
         ----------
@@ -93,30 +144,10 @@ class Hold:
             One that no other segment has.
         partitions : sequence of (str, int)
             Topic and number of the partitions that ``EventBlock.partition`` counts through.
-
-        Raises
-        ------
-        SetupError
-            If the disk refuses the write; the steps stay in memory.
         """
-        if not self._pending:
-            return
-        content = _encode(self._pending, partitions)
-        temporary = self.folder / f".tmp-{name}"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_synced(temporary, content)
-            temporary.replace(self.folder / name)
-            sync_folder(self.folder)
-        except OSError as error:
-            raise SetupError(
-                f"cannot write held rows in {self.folder}: {error}.",
-                hint="the last commit stands; make room and start the worker again",
-            ) from error
-        rows = sum(map(len, self._pending))
-        digest = hashlib.sha256(content).hexdigest()
-        self.segments.append(HeldSegment(name, len(self._pending), rows, digest))
-        self._pending = []
+        if self._pending:
+            self.segments.append(HeldSegment.sealed(name, self._pending, partitions))
+            self._pending = []
 
     def read(self, segment: HeldSegment, partitions: Partitions) -> HeldSteps:
         """The steps of one segment.
@@ -127,7 +158,7 @@ class Hold:
             If the file is missing or is not what the checkpoint names, or a partition in it is not read any
             more.
         """
-        return _decode(self._content(segment), partitions)
+        return segment.in_memory() or _decode(self._content(segment), partitions)
 
     def has_id(self, segment: HeldSegment, name: str) -> bool:
         """Whether an event with this id, or of the impression with this id, is held in a segment."""
@@ -157,20 +188,20 @@ class Hold:
             if path.name not in needed:
                 path.unlink(missing_ok=True)
 
-    def state(self) -> list[dict[str, Any]]:
-        """The segments as JSON; `flush` first."""
-        return [asdict(segment) for segment in self.segments]
-
     def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
-        """Continue from a `state`."""
+        """Continue from what a checkpoint tells of each segment (`HeldSegment.told`)."""
         self.segments, self._pending = [HeldSegment(**segment) for segment in state], []
+
+
+def _ends(steps: Sequence[EventBlock]) -> list[int]:
+    return [int(end) for end in np.cumsum([len(step) for step in steps])]
 
 
 def _encode(steps: Sequence[EventBlock], partitions: Partitions) -> bytes:
     block = EventBlock.concat(steps)
     told = {
         "partitions": [list(partition) for partition in partitions],
-        "ends": np.cumsum([len(step) for step in steps]).tolist(),
+        "ends": _ends(steps),
     }
     columns = {name: getattr(block, name) for name in _COLUMNS if getattr(block, name) is not None}
     letters = [asdict(letter) for letter in block.dead_letters]

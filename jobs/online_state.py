@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,16 +11,48 @@ from numpy.typing import NDArray
 from calibration.chain import CalibrationChain
 from jobs.online import OnlineLoop
 from jobs.progressive import ProgressiveQuality
+from models.late_head import LateHead
+from models.student import Student
+from models.table_rows import TableRows
 from monitoring.accounting import Accounting
 from pipelines.errors import StaleStateError
 
-__all__ = ["load_loop_state", "loop_state"]
+__all__ = ["load_loop_state", "loop_state", "take_loop_changes", "under"]
 
 Arrays = dict[str, NDArray[Any]]
 
 
 def loop_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
     """Everything that decides how the loop goes on, copied, so that the loop may run on meanwhile."""
+    arrays, plain = _rest_of_state(loop)
+    for prefix, learner in _learners(loop):
+        arrays.update({f"{prefix}/{name}": np.array(value) for name, value in learner.state().items()})
+    return arrays, plain
+
+
+def take_loop_changes(loop: OnlineLoop) -> tuple[Arrays, dict[str, TableRows], dict[str, Any]]:
+    """The same, but of the learners' tables only the rows that changed since the last call.
+
+    The first call of a loop gives whole tables, and so does one after `load_loop_state`.
+    """
+    arrays, plain = _rest_of_state(loop)
+    tables: dict[str, TableRows] = {}
+    for prefix, learner in _learners(loop):
+        whole, changed = learner.take_changes()
+        arrays.update({f"{prefix}/{name}": value for name, value in whole.items()})
+        tables.update({f"{prefix}/{name}": rows for name, rows in changed.items()})
+    return arrays, tables, plain
+
+
+def _learners(loop: OnlineLoop) -> Iterator[tuple[str, Student | LateHead]]:
+    for task, student in loop.students.items():
+        yield f"student/{task}", student
+        if task in loop.late_heads:
+            yield f"late_head/{task}", loop.late_heads[task]
+
+
+def _rest_of_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
+    """All but the learners' arrays."""
     arrays: Arrays = {}
     plain: dict[str, Any] = {
         "tasks": list(loop.tasks),
@@ -35,14 +68,10 @@ def loop_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
         "frozen": {task: student.frozen_digest() for task, student in loop.students.items()},
         "replay": {},
     }
-    for task, student in loop.students.items():
-        arrays.update({f"student/{task}/{name}": np.array(value) for name, value in student.state().items()})
-        if task in loop.late_heads:
-            head = loop.late_heads[task].state()
-            arrays.update({f"late_head/{task}/{name}": np.array(value) for name, value in head.items()})
-        columns, hours = loop.replay[task].state()
+    for task, replay in loop.replay.items():
+        # By reference: what the buffer holds is replaced, never written to.
+        columns, plain["replay"][task] = replay.state()
         arrays.update({f"replay/{task}/{name}": value for name, value in columns.items()})
-        plain["replay"][task] = hours
     joiner_arrays, plain["joiner"] = loop.joiner.state()
     arrays.update({f"joiner/{name}": np.array(value) for name, value in joiner_arrays.items()})
     return arrays, plain
@@ -68,15 +97,16 @@ def load_loop_state(loop: OnlineLoop, arrays: Arrays, plain: dict[str, Any]) -> 
     loop.accounting = Accounting.from_state(plain["accounting"])
     loop.progressive = ProgressiveQuality.from_state(plain["progressive"])
     for task, student in loop.students.items():
-        student.load_state(_under(arrays, f"student/{task}/"))
+        student.load_state(under(arrays, f"student/{task}/"))
         if student.frozen_digest() != plain["frozen"][task]:
             raise StaleStateError(f"the frozen layers of the {task} student are not those of the checkpoint.")
         if task in loop.late_heads:
-            loop.late_heads[task].load_state(_under(arrays, f"late_head/{task}/"))
+            loop.late_heads[task].load_state(under(arrays, f"late_head/{task}/"))
         loop.calibrators[task] = CalibrationChain.from_state(plain["calibrators"][task])
-        loop.replay[task].load_state(_under(arrays, f"replay/{task}/"), plain["replay"][task])
-    loop.joiner.load_state(_under(arrays, "joiner/"), plain["joiner"])
+        loop.replay[task].load_state(under(arrays, f"replay/{task}/"), plain["replay"][task])
+    loop.joiner.load_state(under(arrays, "joiner/"), plain["joiner"])
 
 
-def _under(arrays: Arrays, prefix: str) -> Arrays:
+def under(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Arrays:
+    """The arrays whose names begin with a prefix, without it."""
     return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from jobs.checkpoint import sync_file, sync_folder
 from jobs.online import Predicted
+from jobs.synced_files import sync_file, sync_folder
 from models.base import sigmoid
 from pipelines.errors import SetupError
 
@@ -52,11 +52,18 @@ class PredictionLog:
             self._tasks = tasks
             self._parts.append((predicted, release))
 
+    def take(self) -> list[tuple[Predicted, str]]:
+        """What was recorded since the last call, for `write_segment`."""
+        parts, self._parts = self._parts, []
+        return parts
+
     def drain(self) -> pa.Table | None:
         """What was recorded since the last call, by task and in order of arrival; None if nothing was."""
-        if not self._parts:
+        return self._table(self.take())
+
+    def _table(self, parts: list[tuple[Predicted, str]]) -> pa.Table | None:
+        if not parts:
             return None
-        parts, self._parts = self._parts, []
         ids = pa.array([name for part, _ in parts for name in part.impression_id], pa.string())
         event_time = np.concatenate([part.event_time for part, _ in parts])
         arrived_at = np.concatenate([part.arrival_time for part, _ in parts])
@@ -90,8 +97,10 @@ class PredictionLog:
             )
         return _once(pa.concat_tables(tables).unify_dictionaries())
 
-    def write_segment(self, first_step: int, last_step: int, epoch: int) -> str | None:
-        """Make what was recorded since the last call durable; returns the segment's name.
+    def write_segment(
+        self, parts: list[tuple[Predicted, str]], first_step: int, last_step: int, epoch: int
+    ) -> str | None:
+        """Make what `take` gave durable; returns the segment's name.
 
         A worker of another ``epoch`` writes files of its own, so that one that has been fenced, and does not
         know it yet, replaces nothing that a commit has named.
@@ -101,7 +110,7 @@ class PredictionLog:
         SetupError
             If the disk refuses the write.
         """
-        table = self.drain()
+        table = self._table(parts)
         if table is None:
             return None
         name = f"{first_step:012d}-{last_step:012d}-{epoch:06d}.parquet"

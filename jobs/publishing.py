@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from calibration.chain import CalibrationChain
 from jobs.online import OnlineLoop
+from jobs.online_state import under
 from jobs.prepared import FrozenModels, Teacher
 from jobs.release import Release, TaskFiles, point, release_name, write_release
 from jobs.release_manifest import ModelKind
@@ -23,7 +24,14 @@ from pipelines.delay import DelayCurve
 from pipelines.feature_spec import FeatureSpec
 from pipelines.label_plan import thinned
 
-__all__ = ["CalibratedTeacher", "FirstReleases", "load_first", "publish_student", "write_first"]
+__all__ = [
+    "CalibratedTeacher",
+    "FirstReleases",
+    "Learned",
+    "load_first",
+    "publish_student",
+    "write_first",
+]
 
 
 @dataclass(frozen=True)
@@ -168,10 +176,56 @@ def load_first(root: Path) -> FirstReleases:
     return FirstReleases(teacher, Release.load(root / release_name("student", 0, 0)))
 
 
+@dataclass(frozen=True)
+class Learned:
+    """What an online loop had learned at one step: all that a release of it is made from.
+
+    Attributes
+    ----------
+    students : dict of task to dict of str to bytes
+        ``to_files()`` of each.
+    calibrators : dict of task to dict
+        ``state()`` of each.
+    """
+
+    step: int
+    last_event_time: int
+    learned_events: int
+    students: Mapping[Task, Mapping[str, bytes]]
+    calibrators: Mapping[Task, Mapping[str, Any]]
+
+    @classmethod
+    def now(cls, loop: OnlineLoop) -> Learned:
+        """By the loop as it is."""
+        return cls(
+            loop.step_number,
+            loop.last_event_time,
+            loop.learned_events,
+            {task: student.to_files() for task, student in loop.students.items()},
+            {task: chain.state() for task, chain in loop.calibrators.items()},
+        )
+
+    @classmethod
+    def at_cut(
+        cls, loop: OnlineLoop, arrays: Mapping[str, NDArray[Any]], plain: Mapping[str, Any]
+    ) -> Learned:
+        """By the state of a commit, while the loop runs on."""
+        return cls(
+            plain["step"],
+            plain["last_event_time"],
+            plain["learned_events"],
+            {
+                task: student.to_files(weights=under(arrays, f"student/{task}/weights/"))
+                for task, student in loop.students.items()
+            },
+            plain["calibrators"],
+        )
+
+
 def publish_student(
-    root: Path, loop: OnlineLoop, first: FirstReleases, *, epoch: int, parent: str, extra: Mapping[str, Any]
+    root: Path, learned: Learned, first: FirstReleases, *, epoch: int, parent: str, extra: Mapping[str, Any]
 ) -> str:
-    """Write the loop's students and calibrators as a release and point ``CURRENT`` at it; returns its name.
+    """Write students and calibrators as a release and point ``CURRENT`` at it; returns its name.
 
     The caller has committed the state before: what is published is never lost by a crash.
     """
@@ -179,17 +233,17 @@ def publish_student(
         root,
         kind="student",
         epoch=epoch,
-        step=loop.step_number,
+        step=learned.step,
         parent=parent,
         spec=first.student.spec,
         config_toml=first.student.config_toml,
         segments=first.student.segments,
         tasks={
-            task: TaskFiles("student", student.to_files(), loop.calibrators[task].state())
-            for task, student in loop.students.items()
+            task: TaskFiles("student", files, learned.calibrators[task])
+            for task, files in learned.students.items()
         },
-        last_event_time=loop.last_event_time,
-        learned_events=loop.learned_events,
+        last_event_time=learned.last_event_time,
+        learned_events=learned.learned_events,
         extra={"warm_up_until": first.warm_up_until, **extra},
     )
     point(root, "CURRENT", path.name)

@@ -74,6 +74,7 @@ def command(
                 "release": worker.release,
                 "breaker": worker.gate.mode,
                 "held_rows": worker.gate.held_rows,
+                "pause_p99_ms": worker.pause_p99_ms(),
             }
         )
     )

@@ -23,6 +23,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from jobs.produced_times import RESOLUTION_MS
 from jobs.release_manifest import parse_name
 from monitoring.stall import StallWatch
 from pipelines.config_sections import StreamConfig
@@ -41,8 +42,6 @@ _EDGES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0, 18
 _EDGES_MS = np.array(_EDGES_S) * 1000.0
 _UPDATE_EVERY_S = 1.0
 _WINDOWS_H = (1, 24)
-# Of the buckets that the worker counts events in, ms.
-_BUCKET_MS = 100
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -133,7 +132,7 @@ class WorkerMetrics(Collector):
             return
         bucket, count = np.array(produced, np.int64).T
         # A bucket holds events from its start to its end: its middle is what they waited from.
-        at = bucket * float(_BUCKET_MS) + _BUCKET_MS / 2
+        at = bucket * float(RESOLUTION_MS) + RESOLUTION_MS / 2
         with self._lock:
             self._latencies[stage].add(self._clock() * 1000 - at, count)
 

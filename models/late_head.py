@@ -11,6 +11,7 @@ from models.base import sigmoid
 from models.learn_batch import LearnBatch
 from models.losses import head_gradients
 from models.student import Student
+from models.table_rows import TableRows
 from pipelines.config_sections import StudentConfig
 from pipelines.feature_spec import FeatureSpec
 
@@ -70,6 +71,10 @@ class LateHead:
     def state(self) -> dict[str, NDArray[np.generic]]:
         """Weights and optimizer slots: copies, exact."""
         return self._student.state()
+
+    def take_changes(self) -> tuple[dict[str, NDArray[np.generic]], dict[str, TableRows]]:
+        """What changed of the state since the last call: see `Student.take_changes`."""
+        return self._student.take_changes()
 
     def load_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
         """Continue from what ``state`` gave."""

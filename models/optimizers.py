@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = ["Adam", "TableAdagrad"]
@@ -44,10 +46,25 @@ class TableAdagrad:
         self.accumulator = torch.full_like(table, initial_accumulator)
         # Sums duplicates without a sort: all zero between steps, so not part of the state.
         self._scratch = torch.zeros_like(table)
+        self._touched = torch.zeros(len(table), dtype=torch.bool)
+        self._all_touched = True
 
     def reset(self) -> None:
         """Forget all gradients seen."""
         self.accumulator.fill_(self._initial)
+        self.touch_all()
+
+    def touch_all(self) -> None:
+        """Count every row as changed: whoever writes the table or the slots by other means says so."""
+        self._all_touched = True
+
+    def take_touched(self) -> NDArray[np.int64] | None:
+        """Rows that have changed since the last call, ascending; None if all may have."""
+        # Much faster than torch's nonzero.
+        rows = None if self._all_touched else np.flatnonzero(self._touched.numpy())
+        self._all_touched = False
+        self._touched.zero_()
+        return rows
 
     def step(self, rows: Tensor, gradient: Tensor) -> None:
         """One update.
@@ -72,6 +89,7 @@ class TableAdagrad:
         new = old.addcdiv_(total, squares.sqrt_().clamp_(min=1e-12), value=-self._learning_rate)
         self._table.index_copy_(0, rows, new)
         self._table[0] = 0.0
+        self._touched.index_fill_(0, rows, True)
 
 
 class Adam:

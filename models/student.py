@@ -17,6 +17,7 @@ from torch import Tensor
 from models.learn_batch import LearnBatch
 from models.network import Layout, forward, initial_table, initial_weights, layer_of
 from models.optimizers import Adam, TableAdagrad
+from models.table_rows import TableRows
 from models.warm_up import WarmUp, warm_up
 from pipelines.config_sections import StudentConfig
 from pipelines.errors import StaleStateError
@@ -76,6 +77,7 @@ class Student:
         """
         for name, weight in initial_weights(self.layout, self.config.seed).items():
             self.weights[name].copy_(weight)
+        self._touch_tables()
         return warm_up(self, train, validation, epochs or self.config.warmup_epochs)
 
     def predict_logit(self, buckets: NDArray[np.int32], numbers: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -189,8 +191,27 @@ class Student:
     def state(self) -> dict[str, NDArray[np.generic]]:
         """Weights, optimizer slots and counters: copies, exact. ``load_state`` continues from them."""
         state = {name: tensor.numpy().copy() for name, tensor in self._tensors().items()}
-        state["counters"] = np.array([self.steps, self.rows_learned, self.small_optimizer().steps], np.int64)
+        state["counters"] = self._counters()
         return state
+
+    def take_changes(self) -> tuple[dict[str, NDArray[np.generic]], dict[str, TableRows]]:
+        """Copies of what ``state`` gives, of its tables only the rows that changed since the last call.
+
+        Returns
+        -------
+        whole : dict of str to ndarray
+            Small weights, their slots and the counters.
+        tables : dict of str to TableRows
+            Tables and their slots; all of a table that was set by other means than learning.
+        """
+        tensors, tables = self._tensors(), {}
+        for table, optimizer in self.table_optimizers().items():
+            rows = optimizer.take_touched()
+            for name in (f"weights/{table}", f"accumulator/{table}"):
+                values = tensors.pop(name).numpy()
+                tables[name] = TableRows(rows, values.copy() if rows is None else values.take(rows, axis=0))
+        whole = {name: tensor.numpy().copy() for name, tensor in tensors.items()}
+        return {**whole, "counters": self._counters()}, tables
 
     def load_state(self, state: Mapping[str, NDArray[np.generic]]) -> None:
         """Continue from what ``state`` gave.
@@ -205,10 +226,14 @@ class Student:
         for name, tensor in tensors.items():
             tensor.copy_(torch.from_numpy(np.ascontiguousarray(state[name])))
         self.steps, self.rows_learned, self.small_optimizer().steps = (int(n) for n in state["counters"])
+        self._touch_tables()
 
-    def to_files(self, *, slots: bool = False) -> dict[str, bytes]:
+    def to_files(
+        self, *, slots: bool = False, weights: Mapping[str, NDArray[np.generic]] | None = None
+    ) -> dict[str, bytes]:
         """The weights as safetensors, and the configuration as JSON.
 
+        ``weights`` are written in place of the student's own: those of an earlier moment.
         ``slots`` adds the optimizer slots: whoever is to go on learning needs them. Without them the first
         updates of frequent rows would be as large as those of rows that were never seen.
         """
@@ -217,8 +242,10 @@ class Student:
             "spec_digest": self.spec.digest(),
             "config": self.config.model_dump(mode="json"),
         }
+        own = {name: weight.numpy() for name, weight in self.weights.items()}
+        written: Mapping[str, NDArray[np.generic]] = own if weights is None else weights
         files = {
-            _WEIGHTS_FILE: safetensors.numpy.save({k: v.numpy() for k, v in self.weights.items()}),
+            _WEIGHTS_FILE: safetensors.numpy.save(dict(written)),
             _CONFIG_FILE: json.dumps(about, indent=1, sort_keys=True).encode(),
         }
         if slots:
@@ -254,6 +281,13 @@ class Student:
         if slots is not None:
             student.load_state({**slots, **{f"weights/{name}": array for name, array in arrays.items()}})
         return student
+
+    def _touch_tables(self) -> None:
+        for optimizer in self.table_optimizers().values():
+            optimizer.touch_all()
+
+    def _counters(self) -> NDArray[np.generic]:
+        return np.array([self.steps, self.rows_learned, self.small_optimizer().steps], np.int64)
 
     def _gather(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         wide = self.weights["wide"].index_select(0, rows.reshape(-1)).view(rows.shape)

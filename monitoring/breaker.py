@@ -228,7 +228,7 @@ def _counted(parts: Ints) -> list[tuple[int, int]]:
 
 
 def _plain(sums: _Sums) -> dict[str, Any]:
-    return {name: value for name, value in vars(sums).items() if value}
+    return {name: dict(value) if name == "nulls" else value for name, value in vars(sums).items() if value}
 
 
 def _sums(values: Mapping[str, Any]) -> _Sums:

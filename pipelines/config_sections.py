@@ -268,10 +268,15 @@ class KafkaConfig(Section):
 
 
 class StreamConfig(Section):
-    """The online worker. What it publishes it commits first, so one interval (wall clock) rules both."""
+    """The online worker. What it publishes it commits first, so one interval (wall clock) rules both.
+
+    A checkpoint holds the tables whole, or the rows that changed since the one before it: at most ``deltas``
+    such in a row.
+    """
 
     publish_every: Duration = 2_000
     keep_checkpoints: int = Field(default=3, ge=2)
+    deltas: int = Field(default=16, ge=0, le=1000)
     keep_releases: int = Field(default=50, ge=2)
     metrics: str = ""
     stall_after: Duration = 30_000

@@ -91,19 +91,37 @@ def offsets(
 
 
 def check_reach(cursor: Cursor, start: Cursor, first: list[int], end: list[int]) -> None:
-    """Refuse to begin where the broker holds nothing: rows would be skipped, or read twice."""
-    gaps, beyond = [], []
+    """Refuse to begin where the broker holds nothing: rows would be skipped, or read twice.
+
+    Parameters
+    ----------
+    cursor : Cursor
+        Where reading had come to; may lack partitions that are new.
+    start : Cursor
+        Where it is to go on, of every partition that there is.
+    first, end : list of int
+        What the broker holds of each partition of ``start``: offsets from ``first`` up to ``end`` - 1.
+
+    Raises
+    ------
+    StaleStateError
+        Naming each range of offsets that is gone, or each place that is not there.
+    """
+    gaps, beyond, total = [], [], 0
     for index, ((topic, partition), place) in enumerate(start.items()):
         if place.offset < first[index]:
             missing = first[index] - place.offset
+            total += missing
             gaps.append(f"{topic}-{partition}: offsets {place.offset} to {first[index] - 1} ({missing})")
         elif place.offset > end[index]:
             beyond.append(f"{topic}-{partition}: offset {place.offset}, but it ends at {end[index]}")
     gone = [f"{topic}-{partition}" for topic, partition in cursor if (topic, partition) not in start]
     if gaps:
         raise StaleStateError(
-            f"the broker has deleted messages that were not read yet. {'; '.join(gaps)}.",
-            hint="go on from a newer state, or start anew from a state built from the lake",
+            f"the broker has deleted {total} messages that were not read yet. {'; '.join(gaps)}.",
+            hint="nothing is skipped in silence: train first releases anew from snapshots of the lake that "
+            "end after these offsets, and start from them with a new --state folder; then raise the "
+            "retention of the topics",
         )
     if beyond or gone:
         beyond += [f"{name}: no such partition" for name in gone]

@@ -242,9 +242,10 @@ class KafkaSource:
 
     def _start(self, cursor: Cursor) -> Cursor:
         first, end = self._limits()
+        # A partition that came later is read from its beginning, not from what is left of it.
         start = Cursor(
             {
-                partition: cursor.get(partition, Place(first[index]))
+                partition: cursor.get(partition, Place(0 if cursor else first[index]))
                 for index, partition in enumerate(self.partitions)
             }
         )

@@ -178,10 +178,17 @@ def test_held_steps_come_back_as_they_were(small_run: SmallRun, tmp_path: Path) 
     for number, block in enumerate(blocks):
         hold.add(block)
         if number % 3 == 2:
-            hold.flush(f"{number}.arrow", partitions)
-    hold.flush("last.arrow", partitions)
+            hold.seal(f"{number}.arrow", partitions)
+    hold.seal("last.arrow", partitions)
     again = Hold(tmp_path)
-    again.load_state(hold.state())
+    for segment in hold.segments:
+        steps = segment.in_memory()
+        segment.write(tmp_path)
+        assert steps is not None
+        assert segment.in_memory() is None
+        assert steps.ends == hold.read(segment, partitions).ends
+        same(hold.read(segment, partitions).block, steps.block)
+    again.load_state([segment.told() for segment in hold.segments])
     assert again.steps == len(blocks)
     found = []
     for segment in again.segments:
@@ -198,7 +205,8 @@ def test_partitions_are_told_by_name_and_one_that_is_gone_is_refused(
     block, partitions = held_blocks(small_run)[0], list(EventFiles(small_run.events).partitions)
     hold = Hold(tmp_path)
     hold.add(block)
-    hold.flush("one.arrow", partitions)
+    hold.seal("one.arrow", partitions)
+    hold.segments[0].write(tmp_path)
     more = [("another", 0), *partitions]
     assert (hold.read(hold.segments[0], more).block.partition == block.partition + 1).all()
     with pytest.raises(StaleStateError, match="not read any more"):
@@ -211,7 +219,8 @@ def test_a_damaged_segment_is_refused_and_unnamed_ones_are_removed(
     hold = Hold(tmp_path)
     for name in ("one.arrow", "two.arrow", "three.arrow"):
         hold.add(held_blocks(small_run)[0])
-        hold.flush(name, EventFiles(small_run.events).partitions)
+        hold.seal(name, EventFiles(small_run.events).partitions)
+        hold.segments[-1].write(tmp_path)
     del hold.segments[:2]
     hold.keep_only({"two.arrow"})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["three.arrow", "two.arrow"]

@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
-from jobs import checkpoint as checkpoint_module
 from jobs.checkpoint import CheckpointStore, state_digest
 from jobs.cli import cli
+from jobs.synced_files import write_synced
 from pipelines.errors import SetupError, StaleStateError
 
 
@@ -177,14 +177,13 @@ def test_a_worker_that_is_fenced_while_it_writes_is_told_so(
 ) -> None:
     first = opened(tmp_path)
     commit(first, 1)
-    write = checkpoint_module.write_synced
 
     def taken_over(path: Path, content: bytes) -> None:
-        write(path, content)
+        write_synced(path, content)
         if path.name == "state.json":
             opened(tmp_path)  # sweeps the half-written folder away
 
-    monkeypatch.setattr(checkpoint_module, "write_synced", taken_over)
+    monkeypatch.setattr("jobs.checkpoint_files.write_synced", taken_over)
     with pytest.raises(StaleStateError, match="another worker has taken over"):
         commit(first, 2)
 
@@ -217,19 +216,16 @@ def test_a_full_disk_leaves_the_head_where_it_was_and_a_later_try_succeeds(
     assert found.manifest["step"] == 2
 
 
-def test_a_really_full_disk_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_really_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = opened(tmp_path)
     commit(store, 1)
     head = store.head()
     # /dev/full answers every write with ENOSPC.
-    victim = {**arrays(2), "weights": np.zeros(1)}
-    write = checkpoint_module.write_synced
-    try:
-        checkpoint_module.write_synced = lambda path, content: write(Path("/dev/full"), content)
-        with pytest.raises(SetupError, match="No space left"):
-            store.commit(2, victim, {}, cursor=[], outputs=[], volatile={})
-    finally:
-        checkpoint_module.write_synced = write
+    monkeypatch.setattr(
+        "jobs.checkpoint_files.write_synced", lambda path, content: write_synced(Path("/dev/full"), content)
+    )
+    with pytest.raises(SetupError, match="No space left"):
+        commit(store, 2)
     assert store.head() == head
 
 

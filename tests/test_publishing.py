@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jobs.publishing import load_first, publish_student
+from jobs.publishing import Learned, load_first, publish_student
 from jobs.release import Release, list_releases, pointed
 from models.student import Student
 from pipelines.errors import DataError, StaleStateError
@@ -39,7 +39,9 @@ def test_students_and_calibrators_are_copies_that_learn_apart_from_the_release(s
 def test_a_published_student_scores_as_the_loop_does(small_run: SmallRun, tmp_path: Path) -> None:
     root, loop = small_run.first_releases(tmp_path / "releases"), small_run.backtest.loop
     first = load_first(root)
-    name = publish_student(root, loop, first, epoch=3, parent=first.student.name, extra={"note": 1})
+    name = publish_student(
+        root, Learned.now(loop), first, epoch=3, parent=first.student.name, extra={"note": 1}
+    )
     assert pointed(root, "CURRENT") == name
     release = Release.load(root / name)
     assert (release.epoch, release.step, release.manifest.parent) == (3, loop.step_number, first.student.name)
@@ -62,16 +64,16 @@ def test_publishing_the_same_state_again_changes_nothing(small_run: SmallRun, tm
     root, loop = small_run.first_releases(tmp_path / "releases"), small_run.backtest.loop
     first = load_first(root)
     for _ in range(2):
-        publish_student(root, loop, first, epoch=1, parent=first.student.name, extra={})
+        publish_student(root, Learned.now(loop), first, epoch=1, parent=first.student.name, extra={})
     assert len(list_releases(root)) == 3
 
 
 def test_a_worker_of_an_older_epoch_cannot_move_the_pointer_back(small_run: SmallRun, tmp_path: Path) -> None:
     root, loop = small_run.first_releases(tmp_path / "releases"), small_run.backtest.loop
     first = load_first(root)
-    newer = publish_student(root, loop, first, epoch=2, parent=first.student.name, extra={})
+    newer = publish_student(root, Learned.now(loop), first, epoch=2, parent=first.student.name, extra={})
     with pytest.raises(StaleStateError):
-        publish_student(root, loop, first, epoch=1, parent=first.student.name, extra={})
+        publish_student(root, Learned.now(loop), first, epoch=1, parent=first.student.name, extra={})
     assert pointed(root, "CURRENT") == newer
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from jobs import worker as worker_module
+from jobs import worker_commit
 from jobs.broker import Broker
 from jobs.checkpoint import CheckpointStore, state_digest
 from jobs.cli import cli
@@ -97,7 +97,12 @@ def produced(small_run: SmallRun, broker: Broker, tmp_path_factory: pytest.TempP
 
 
 def crash(worker: Worker) -> None:
-    """Leave a worker as a kill would; its sockets are closed, as the system would close them."""
+    """Leave a worker as a kill would; its sockets are closed, as the system would close them.
+
+    A commit that was in flight comes to its end: it might have been killed just after that.
+    """
+    worker.commits.end()
+    worker._thread.finish()
     worker.source.close()
 
 
@@ -263,8 +268,8 @@ MOMENTS: dict[str, Plant] = {
     ),
     "before the head moves": _at(lambda worker: worker.store, "_move_head", before=True),
     "after the head has moved": _at(lambda worker: worker.store, "_move_head", before=False),
-    "before the release is written": _at(lambda worker: worker_module, "publish_student", before=True),
-    "after the release is published": _at(lambda worker: worker_module, "publish_student", before=False),
+    "before the release is written": _at(lambda worker: worker_commit, "publish_student", before=True),
+    "after the release is published": _at(lambda worker: worker_commit, "publish_student", before=False),
 }
 
 
@@ -302,7 +307,7 @@ def test_a_release_that_a_kill_prevented_is_published_at_the_next_start(
 ) -> None:
     worker = produced.worker(tmp_path)
     with monkeypatch.context() as patch:
-        _at(lambda _: worker_module, "publish_student", before=True)(worker, patch, 1)
+        _at(lambda _: worker_commit, "publish_student", before=True)(worker, patch, 1)
         patch.setattr(worker, "close", lambda: None)
         with pytest.raises(Killed):
             worker.run()
@@ -378,10 +383,10 @@ def test_a_second_worker_fences_the_first_and_ends_in_the_same_state(
 ) -> None:
     first = produced.worker(tmp_path)
     second: list[Worker] = []
-    step, calls = first.loop.step, itertools.count()
+    step = first.loop.step
 
     def taken_over(events: Any) -> Any:
-        if next(calls) == 12:
+        if first.digest is not None and not second:
             second.append(produced.worker(tmp_path))
         return step(events)
 

@@ -22,10 +22,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs import worker as worker_module
 from jobs.audit import audit_event, audit_rows
 from jobs.audit_log import read_lines
+from jobs.breaker_gate import GateCut
 from jobs.breaker_request import write_request
 from jobs.broker import Broker
 from jobs.checkpoint import CheckpointStore, state_digest
 from jobs.cli import cli
+from jobs.hold import HeldSegment
 from jobs.online_state import loop_state
 from jobs.produce import produce
 from jobs.release import list_releases
@@ -143,8 +145,8 @@ def test_a_silent_topic_trips_and_resuming_ends_where_no_breaker_would_have(
     again = incident.worker(tmp_path)
     committed, looks = again.gate.committed, []
 
-    def look(store: CheckpointStore) -> None:
-        committed(store)
+    def look(cut: GateCut, store: CheckpointStore) -> None:
+        committed(cut, store)
         kept = [store.manifest(name)["volatile"]["breaker"]["segments"] for name in store.names()]
         needed = {segment["name"] for segments in kept for segment in segments}
         looks.append(len(needed))
@@ -161,7 +163,7 @@ def test_a_silent_topic_trips_and_resuming_ends_where_no_breaker_would_have(
     assert not (state / "breaker_request.json").exists()
     refused = CliRunner().invoke(cli, ["breaker", "discard", "--state", str(state)])
     assert refused.exit_code == 3
-    assert "nothing is held" in refused.output
+    assert "nothing to discard" in refused.output
 
 
 def test_discarded_rows_are_expired_and_their_offsets_written_down(
@@ -186,7 +188,7 @@ def test_discarded_rows_are_expired_and_their_offsets_written_down(
 
 
 def test_other_partitions_and_packed_messages_trip_at_the_same_step(
-    incident: Incident, tmp_path: Path
+    incident: Incident, tripped: Path, tmp_path: Path
 ) -> None:
     servers = incident.config.kafka.bootstrap_servers
     config = with_topics(incident.config, servers, "operations-packed").model_copy(
@@ -205,8 +207,10 @@ def killed_at(worker: Worker, patch: pytest.MonkeyPatch, moment: str, after: int
     owner, name, before = {
         "before a step is held": (worker.gate, "take", True),
         "after a step is held": (worker.gate, "take", False),
-        "before held rows are written": (worker.gate.hold, "flush", True),
-        "after held rows are written": (worker.gate.hold, "flush", False),
+        "before held rows are written": (HeldSegment, "write", True),
+        "after held rows are written": (HeldSegment, "write", False),
+        "before the ledger is written": (worker.commits.audit, "append", True),
+        "after the ledger is written": (worker.commits.audit, "append", False),
         "before the head moves": (worker.store, "_move_head", True),
         "after the head has moved": (worker.store, "_move_head", False),
         "before held rows are removed": (worker.gate.hold, "keep_only", True),
@@ -254,6 +258,7 @@ def test_a_worker_killed_while_it_holds_and_while_it_drains_ends_in_the_same_sta
     shutil.copytree(tripped, calm)
     holding = ["before a step is held", "after a step is held", "before held rows are written"]
     holding += ["after held rows are written", "before the head moves", "after the head has moved"]
+    holding += ["before the ledger is written", "after the ledger is written"]
     moments = [(name, int(rng.integers(1, 6))) for name in rng.permutation(holding)]
     kills = disturbed(incident, rough, monkeypatch, moments)
     print(f"seed {SEED}: killed {kills}")
