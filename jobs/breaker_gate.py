@@ -301,13 +301,14 @@ class BreakerGate:
         log.warning("breaker: discarded %d held rows %s", self.held_rows, self._ranges)
         self.discarded.append(entry)
         self.hold.clear()
-        self._go_on()
+        # What was wrong is not to be compared with: what came before it still is.
+        self._go_on(keep_baseline=True)
 
-    def _go_on(self) -> None:
+    def _go_on(self, *, keep_baseline: bool = False) -> None:
         """Learn again, with nothing held and a window that begins anew."""
         self.mode, self._drained, self._ranges = "learning", 0, {}
         self._rows, self._dead = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
-        self.breaker.restart()
+        self.breaker.restart(keep_baseline=keep_baseline)
 
 
 def _dead_letters(events: StepEvents) -> list[int]:

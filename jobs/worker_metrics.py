@@ -7,7 +7,6 @@ waits for, a loop that is running.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +16,15 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
-    HistogramMetricFamily,
     InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 
+from jobs.freshness_histogram import FreshnessHistogram
 from jobs.produced_times import RESOLUTION_MS
 from jobs.release_manifest import parse_name
-from monitoring.stall import StallWatch
+from monitoring.stall import LagWatch, StallWatch
 from pipelines.config_sections import StreamConfig
 from pipelines.errors import ConfigError, SetupError
 
@@ -38,8 +37,6 @@ log = logging.getLogger(__name__)
 
 # What an event goes through after it has reached the broker; "served" is told by `ctrstream serve`.
 STAGES = ("joined", "learned", "committed", "published")
-_EDGES_S = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 7200.0)
-_EDGES_MS = np.array(_EDGES_S) * 1000.0
 _UPDATE_EVERY_S = 1.0
 _WINDOWS_H = (1, 24)
 
@@ -66,23 +63,6 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.strip("[]") or "127.0.0.1", int(port)
 
 
-class _Latencies:
-    """Counts of latencies below each edge, and their sum."""
-
-    def __init__(self) -> None:
-        self.counts = np.zeros(len(_EDGES_S) + 1, np.int64)
-        self.sum_s = 0.0
-
-    def add(self, latency_ms: NDArray[np.float64], count: NDArray[np.int64] | None = None) -> None:
-        times = np.ones(len(latency_ms), np.int64) if count is None else count
-        np.add.at(self.counts, np.searchsorted(_EDGES_MS, latency_ms, side="left"), times)
-        self.sum_s += float((latency_ms * times).sum()) / 1000.0
-
-    def buckets(self) -> list[tuple[str, float]]:
-        below = np.cumsum(self.counts).tolist()
-        return list(zip([*map(str, _EDGES_S), "+Inf"], map(float, below), strict=True))
-
-
 class WorkerMetrics(Collector):
     """Collects and, if an address is configured, serves the figures of one worker.
 
@@ -107,9 +87,9 @@ class WorkerMetrics(Collector):
     def __init__(self, config: StreamConfig, clock: Callable[[], float]) -> None:
         self._clock, self._is_on = clock, bool(config.metrics)
         self._stall = StallWatch(config.stall_after / 1000)
-        self._is_stalled = False
-        self._lock = threading.Lock()
-        self._latencies = {stage: _Latencies() for stage in STAGES}
+        self._behind = LagWatch(config.lag_alarm, config.stall_after / 1000)
+        self._is_stalled = self._is_behind = False
+        self._freshness = FreshnessHistogram(STAGES)
         self._families: list[Metric] = []
         self._last_update: float | None = None
         self._last_rows = 0
@@ -133,8 +113,7 @@ class WorkerMetrics(Collector):
         bucket, count = np.array(produced, np.int64).T
         # A bucket holds events from its start to its end: its middle is what they waited from.
         at = bucket * float(RESOLUTION_MS) + RESOLUTION_MS / 2
-        with self._lock:
-            self._latencies[stage].add(self._clock() * 1000 - at, count)
+        self._freshness.add(stage, self._clock() * 1000 - at, count)
 
     def update(self, now: float, worker: Worker) -> None:
         """Take new figures if the last ones are older than a second; looks for a stall in any case."""
@@ -145,23 +124,20 @@ class WorkerMetrics(Collector):
         is_stalled = self._stall.look(now, position=rows, lag=lag)
         if is_stalled and not self._is_stalled:
             log.error("stalled: the position does not advance rows=%d lag=%d", rows, lag)
-        self._is_stalled = is_stalled
+        is_behind = self._behind.look(now, lag)
+        if is_behind and not self._is_behind:
+            log.error("falling behind: the lag is above stream.lag_alarm and does not sink lag=%d", lag)
+        self._is_stalled, self._is_behind = is_stalled, is_behind
         if self._is_on:
             speed = (rows - self._last_rows) / since if since else 0.0
-            self._families = [*_progress(worker, lag, speed, is_stalled), *_rows(worker), *_quality(worker)]
-            self._families += _breaker(worker)
+            self._families = [*_consumption(lag, speed, is_stalled, is_behind), *_progress(worker)]
+            self._families += [*_rows(worker), *_quality(worker), *_breaker(worker)]
         self._last_update, self._last_rows = now, rows
 
     def collect(self) -> Iterator[Metric]:
         """The figures, for a registry."""
         yield from self._families
-        freshness = HistogramMetricFamily(
-            "ctrstream_freshness_seconds", "From an event reaching the broker to a stage", labels=["stage"]
-        )
-        with self._lock:
-            for stage, found in self._latencies.items():
-                freshness.add_metric([stage], found.buckets(), found.sum_s)
-        yield freshness
+        yield self._freshness.family()
 
     def close(self) -> None:
         """Stop serving."""
@@ -186,23 +162,31 @@ class WorkerMetrics(Collector):
 
     def _rows_reached(self, stage: str, produced_at: NDArray[np.int64] | None) -> None:
         if self._is_on and produced_at is not None:
-            with self._lock:
-                self._latencies[stage].add(self._clock() * 1000 - produced_at.astype(np.float64))
+            waited = self._clock() * 1000 - produced_at.astype(np.float64)
+            self._freshness.add(stage, waited, np.ones(len(waited), np.int64))
 
 
 def _gauge(name: str, text: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"ctrstream_{name}", text, value=value)
 
 
-def _progress(worker: Worker, lag: int, speed: float, is_stalled: bool) -> Iterator[Metric]:
-    loop = worker.loop
+def _consumption(lag: int, speed: float, is_stalled: bool, is_behind: bool) -> Iterator[Metric]:
     yield _gauge("lag_messages", "Messages that the broker holds and that were not handed out", lag)
     yield _gauge("rows_per_second", "Rows read, over the time since the last figures", speed)
     yield _gauge("stalled", "1 while the position does not advance though there is more to read", is_stalled)
+    yield _gauge("lag_alarm", "1 while the lag is above stream.lag_alarm and does not sink", is_behind)
+
+
+def _progress(worker: Worker) -> Iterator[Metric]:
+    loop = worker.loop
     yield _gauge("step", "Steps learned", loop.step_number)
-    yield _gauge("committed_step", "Step of the last commit", worker.committed_step)
+    yield _gauge("committed_step", "Step of the last commit", worker.commits.step)
     yield _gauge("published_step", "Step of the newest release", parse_name(worker.release)[1])
     yield _gauge("event_clock_timestamp_seconds", "Arrival time of the newest row", loop.clock / 1000)
+    pause_s = worker.pause_p99_ms() / 1000
+    yield _gauge(
+        "commit_pause_p99_seconds", "How long learning stops for a commit, of the last 1000", pause_s
+    )
     yield _gauge("open_impressions", "Impressions that the joiner holds", len(loop.joiner))
     yield InfoMetricFamily(
         "ctrstream_published_release", "Name of the newest release", value={"release": worker.release}

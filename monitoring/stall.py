@@ -1,10 +1,10 @@
-"""Whether a reader stands still while there is more to read."""
+"""Whether a reader stands still while there is more to read, or falls behind."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["StallWatch"]
+__all__ = ["LagWatch", "StallWatch"]
 
 
 @dataclass
@@ -44,5 +44,47 @@ class StallWatch:
         """
         if self._since is None or position != self._position or lag < self._lag or lag == 0:
             self._since, self._position, self._lag = now, position, lag
+            return False
+        return now - self._since >= self.after_s
+
+
+@dataclass
+class LagWatch:
+    """Alarm on a lag that is above a bound and does not sink: a reader that catches up is left in peace.
+
+    Parameters
+    ----------
+    bound : int
+        No alarm up to this lag; 0 turns the alarm off.
+    after_s : float
+        Seconds without a new low that are an alarm.
+
+    Examples
+    --------
+    >>> watch = LagWatch(bound=100, after_s=30)
+    >>> [watch.look(now, lag) for now, lag in ((0, 500), (20, 400), (40, 410), (50, 450), (60, 390))]
+    [False, False, False, True, False]
+    """
+
+    bound: int
+    after_s: float
+    _since: float | None = None
+    _low: int = 0
+
+    def look(self, now: float, lag: int) -> bool:
+        """Whether the reader falls behind.
+
+        Parameters
+        ----------
+        now : float
+            Seconds of any clock that does not go back.
+        lag : int
+            What is left to read.
+        """
+        if self.bound == 0 or lag <= self.bound:
+            self._since = None
+            return False
+        if self._since is None or lag < self._low:
+            self._since, self._low = now, lag
             return False
         return now - self._since >= self.after_s

@@ -45,7 +45,13 @@ SEED = 20_260_112
 DOCS = Path(__file__).parent.parent / "docs"
 # 3 days of 12 000 impressions: some 170 an hour, of which a tenth are clicked.
 BREAKER = BreakerConfig(
-    enabled=True, window=4 * 3_600_000, min_impressions=200, min_outcomes=5, click_rate=(0.005, 0.9)
+    window=4 * 3_600_000,
+    min_impressions=200,
+    min_outcomes=5,
+    click_rate=(0.005, 0.9),
+    click_rate_change=(0.0, 1e9),
+    click_coverage=0.0,
+    null_rise=1.0,
 )
 
 
