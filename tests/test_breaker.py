@@ -337,9 +337,8 @@ def test_a_stall_is_a_position_that_stands_while_the_lag_does_not_shrink() -> No
 def test_a_lag_that_sinks_is_no_alarm_and_one_that_stays_is() -> None:
     watch = LagWatch(bound=100, after_s=10)
     assert not any(watch.look(now, 5_000 - now) for now in range(0, 1_000, 5))  # catches up
-    assert [watch.look(now, 4_000 + now) for now in (1_000, 1_005, 1_009, 1_010)] == [False] * 2 + [
-        False,
-        True,
-    ]
-    assert not watch.look(1_011, 100)
+    told = [watch.look(now, 4_000 + now) for now in (995, 1_000, 1_004, 1_005, 1_020)]
+    assert told == [False, False, False, True, True]  # the last low was at 995
+    assert not watch.look(1_021, 3_000)
+    assert not watch.look(1_100, 100)
     assert not any(LagWatch(bound=0, after_s=10).look(now, now) for now in range(0, 1_000, 5))

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import multiprocessing
 import re
 import shutil
+import signal
+import time
 import urllib.request
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +42,7 @@ from pipelines.config_sections import BreakerConfig
 from pipelines.errors import SetupError, StaleStateError
 from pipelines.event_files import EventFiles
 from tests.small_run import SmallRun
-from tests.test_worker import Killed, TickingClock, crash, with_topics
+from tests.test_worker import Killed, TickingClock, crash, run_worker, with_topics
 
 SEED = 20_260_112
 DOCS = Path(__file__).parent.parent / "docs"
@@ -95,7 +98,7 @@ def incident(small_run: SmallRun, broker: Broker, tmp_path_factory: pytest.TempP
     config = with_topics(small_run.config, broker.bootstrap_servers, "operations")
     produce(files, config)
     found = Incident(small_run, files, config, silent, folder, "")
-    worker = found.worker(folder, breaker=BreakerConfig())
+    worker = found.worker(folder, breaker=BreakerConfig(enabled=False))
     worker.run()
     return replace(found, loop_digest=state_digest(*loop_state(worker.loop)))
 
@@ -294,6 +297,82 @@ def test_a_worker_killed_while_it_holds_and_while_it_drains_ends_in_the_same_sta
     assert len(positions) == len(set(positions)) == counted
 
 
+def test_held_rows_outlive_a_sigkill(incident: Incident, tripped: Path, tmp_path: Path) -> None:
+    incident.small_run.first_releases(tmp_path / "releases")
+    state = tmp_path / "state"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_worker", "models.gbdt", "lightgbm"])
+    config = incident.config.model_copy(update={"breaker": BREAKER})
+    process = context.Process(target=run_worker, args=(tmp_path, config))
+    process.start()
+    store, told = CheckpointStore(state), (0, "")
+    try:
+        while process.is_alive() and told[0] < 300:
+            head = store.head()
+            if head is not None and head != told[1]:
+                breaker = head_state(state)[0]["breaker"]
+                told = (sum(breaker["rows"].values()), head)
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
+    breaker = head_state(state)[0]["breaker"]
+    whole = head_state(tripped / "state")[0]["breaker"]
+    assert breaker["mode"] == "holding"
+    assert 300 <= sum(breaker["rows"].values()) < sum(whole["rows"].values())
+    # Go on holding, then learn what is held: each time as if there had been no kill.
+    incident.worker(tmp_path).run()
+    assert digest_of(tmp_path) == digest_of(tripped)
+    run_cli("breaker", "resume", "--state", str(state))
+    worker = incident.worker(tmp_path)
+    worker.run()
+    assert state_digest(*loop_state(worker.loop)) == incident.loop_digest
+    checked(tmp_path, incident.files.rows)
+
+
+def test_held_rows_that_are_damaged_can_be_discarded_once_they_are_found_so(
+    incident: Incident, tripped: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tripped, tmp_path, dirs_exist_ok=True)
+    state = tmp_path / "state"
+    first, *_, last = sorted((state / "hold").glob("*.arrow"))
+    assert first != last
+    last.write_bytes(b"")
+    run_cli("breaker", "resume", "--state", str(state))
+    worker = incident.worker(tmp_path)
+    with pytest.raises(StaleStateError, match="missing or corrupt"):
+        worker.run()
+    run_cli("breaker", "discard", "--state", str(state))
+    incident.worker(tmp_path).run()
+    plain = checked(tmp_path, incident.files.rows)
+    (entry,) = plain["breaker"]["discarded"]
+    held = head_state(tripped / "state")[0]["breaker"]["rows"]
+    assert 0 < sum(entry["rows"].values()) <= sum(held.values())
+    assert plain["breaker"]["mode"] == "learning"
+
+
+def test_a_row_that_is_lost_ends_the_worker_before_it_commits(incident: Incident, tmp_path: Path) -> None:
+    worker = incident.worker(tmp_path)
+    step = worker.loop.step
+    seen = []
+
+    def losing(events: Any) -> Any:
+        result = step(events)
+        if worker.digest is not None and not seen:
+            seen.append(worker.store.head())
+            worker.loop.read["click"] += 1
+        return result
+
+    worker.loop.step = losing  # type: ignore[method-assign]
+    with pytest.raises(StaleStateError, match="rows were lost or counted twice"):
+        worker.run()
+    # A commit that was in flight may have come to its end; none with the wrong sum has.
+    plain, _ = head_state(tmp_path / "state")
+    assert set(Accounting.from_state(plain["accounting"]).check(plain["read"]).values()) == {0}
+    assert seen[0] is not None
+
+
 def digest_of(folder: Path) -> str:
     return run_cli("checkpoint", "digest", str(folder / "state")).strip()
 
@@ -446,6 +525,7 @@ def test_metrics_say_what_the_worker_knows_and_the_documents_list_them(
     worker.run()
     (page,) = pages
     assert page.value("ctrstream_breaker_open") == 1
+    assert page.value("ctrstream_lag_alarm") == page.value("ctrstream_stalled") == 0
     assert 0 < page.value("ctrstream_hold_rows") <= worker.gate.held_rows
     assert 0 < page.value("ctrstream_committed_step") <= worker.loop.step_number
     assert page.value("ctrstream_rows_unaccounted", kind="click") == 0
