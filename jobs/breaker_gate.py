@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
 from jobs.breaker_request import forget_request, read_request
 from jobs.checkpoint import CheckpointStore
@@ -30,8 +29,7 @@ from jobs.online import OnlineLoop
 from jobs.prepared import PreparedBlock, StepEvents
 from monitoring.breaker import ArrivedRows, Breaker
 from pipelines.config_sections import BreakerConfig
-from pipelines.events import IMPRESSION, KINDS, EventBlock
-from pipelines.feature_spec import FeatureSpec
+from pipelines.events import KINDS, EventBlock
 from pipelines.joiner import Joiner
 
 __all__ = ["BreakerGate", "GateCut", "Mode"]
@@ -82,8 +80,6 @@ class BreakerGate:
     Parameters
     ----------
     config : BreakerConfig
-    spec : FeatureSpec
-        Its features are those whose nulls are counted.
     state : Path
         The worker's folder; held rows go to ``hold`` in it.
     epoch : int
@@ -97,7 +93,7 @@ class BreakerGate:
     trips : int
     """
 
-    def __init__(self, config: BreakerConfig, spec: FeatureSpec, state: Path, epoch: int) -> None:
+    def __init__(self, config: BreakerConfig, state: Path, epoch: int) -> None:
         self.config, self._state_folder, self._epoch = config, state, epoch
         self.breaker = Breaker(config)
         self.hold = Hold(state / "hold")
@@ -105,11 +101,6 @@ class BreakerGate:
         self.moves = self.trips = 0
         self.last_trip: dict[str, Any] | None = None
         self.discarded: list[dict[str, Any]] = []
-        self._features = [
-            *(part.name for part in spec.categorical),
-            *(part.name for part in spec.numeric),
-            *(part.name for part in spec.sequence),
-        ]
         self._rows = dict.fromkeys(KINDS, 0)  # held, dead letters apart
         self._dead = dict.fromkeys(KINDS, 0)
         self._drained = 0  # steps of the first segment that have been learned
@@ -255,7 +246,7 @@ class BreakerGate:
             conversions.arrival_time,
             known[0],
             known[1],
-            _nulls(events.raw().tables[IMPRESSION], self._features),
+            events.nulls,
         )
 
     def _note_ranges(self, events: StepEvents, partitions: Partitions) -> None:
@@ -323,16 +314,3 @@ def _count(loop: OnlineLoop, read: Mapping[int, int], dead: Sequence[int], sign:
         loop.read[KINDS[kind]] += sign * rows
         change(KINDS[kind], "pending", rows - dead[kind])
         change(KINDS[kind], "dead_lettered", dead[kind])
-
-
-def _nulls(impressions: pa.Table, features: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
-    """By feature, which rows have no value; features of which all rows have one are left out."""
-    rows, found = impressions.num_rows, {}
-    for name in features if rows else ():
-        if name not in impressions.column_names:
-            found[name] = np.ones(rows, np.bool_)
-            continue
-        column = impressions.column(name)
-        if column.null_count:
-            found[name] = column.is_null().to_numpy()
-    return found

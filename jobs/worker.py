@@ -90,7 +90,7 @@ class Worker:
         self.predictions = PredictionLog(state / "predictions")
         self.dead_letters = DeadLetterFile(state / "dead_letters.jsonl")
         self.tracking = WorkerTracking(config, state)
-        self.gate = BreakerGate(config.breaker, self.first.student.spec, state, self.store.epoch)
+        self.gate = BreakerGate(config.breaker, state, self.store.epoch)
         self.metrics = WorkerMetrics(config.stream, clock)
         self.commits = Commits(
             self.store,

@@ -294,7 +294,7 @@ class BreakerConfig(Section):
 
     enabled: bool = True
     window: Duration = 10 * 60_000
-    min_impressions: int = Field(default=1_000, ge=1)
+    min_impressions: int = Field(default=500, ge=1)
     # With 50 expected and a fall to a tenth, chance alone trips less than once in 10**15 looks.
     min_outcomes: int = Field(default=50, ge=1)
     click_rate: tuple[float, float] = (0.0, 1.0)

@@ -355,7 +355,7 @@ def test_held_rows_that_are_damaged_can_be_discarded_once_they_are_found_so(
 def test_a_row_that_is_lost_ends_the_worker_before_it_commits(incident: Incident, tmp_path: Path) -> None:
     worker = incident.worker(tmp_path)
     step = worker.loop.step
-    seen = []
+    seen: list[str | None] = []
 
     def losing(events: Any) -> Any:
         result = step(events)
