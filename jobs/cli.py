@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import click
 
+from jobs.json_logs import JsonFormatter
 from jobs.roots import PACKAGES, check_one_root
 from pipelines.errors import CtrstreamError, SetupError
 
@@ -32,6 +33,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "stream": ("jobs.stream", "Update the student online from Kafka: predict, learn, calibrate, commit."),
     "backtest": ("jobs.backtest", "Run the worker's loop over event files and record every prediction."),
     "checkpoint": ("jobs.checkpoint_command", "Look into a worker's state: list, verify, digest, gc."),
+    "breaker": ("jobs.breaker_command", "A worker that stopped learning: status, resume, discard."),
+    "audit": ("jobs.audit_command", "What became of rows; in which step and release one was learned."),
     "evaluate": ("jobs.evaluate", "Measure recorded predictions: log loss, NE, AUC, PCOC."),
     "consistency": ("jobs.consistency", "Rescore served requests offline and compare the logits."),
     "drift": ("jobs.drift", "Compare features, predictions and labels of two windows."),
@@ -42,6 +45,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 ATTRIBUTE = "command"
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 INTERRUPTED = 130  # the shell's convention for SIGINT: 128 + 2
 
 
@@ -101,20 +105,25 @@ class LazyGroup(click.Group):
             ctx.exit(INTERRUPTED)
 
 
-def configure_logging(level: str) -> None:
+def configure_logging(level: str, form: str = "text") -> None:
     """Send log lines to stderr: ours from `level` up, other libraries' from warning up.
 
     Parameters
     ----------
     level : str
         One of ``LOG_LEVELS``. ``debug`` shows other libraries' informational lines too.
+    form : str
+        One of ``LOG_FORMATS``; ``json`` writes one object a line.
     """
     handler = logging.StreamHandler(sys.stderr)
-    formatter = logging.Formatter(
-        "{asctime}.{msecs:03.0f}Z {levelname} {name}: {message}", datefmt="%Y-%m-%dT%H:%M:%S", style="{"
-    )
-    formatter.converter = time.gmtime  # logs are compared with event times, which are UTC
-    handler.setFormatter(formatter)
+    if form == "json":
+        handler.setFormatter(JsonFormatter())
+    else:
+        formatter = logging.Formatter(
+            "{asctime}.{msecs:03.0f}Z {levelname} {name}: {message}", datefmt="%Y-%m-%dT%H:%M:%S", style="{"
+        )
+        formatter.converter = time.gmtime  # logs are compared with event times, which are UTC
+        handler.setFormatter(formatter)
     logging.basicConfig(
         handlers=[handler], level=logging.INFO if level == "debug" else logging.WARNING, force=True
     )
@@ -135,9 +144,18 @@ def configure_logging(level: str) -> None:
     show_envvar=True,
     help="Least severe log line to print (stderr).",
 )
-def cli(log_level: str) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(LOG_FORMATS),
+    default="text",
+    show_default=True,
+    envvar="CTRSTREAM_LOG_FORMAT",
+    show_envvar=True,
+    help="Log lines as text, or as one JSON object a line.",
+)
+def cli(log_level: str, log_format: str) -> None:
     """Predict clicks and conversions online: calibrated, reproducible, from events to a reviewed release."""
-    configure_logging(log_level)
+    configure_logging(log_level, log_format)
     check_one_root()
 
 

@@ -5,7 +5,7 @@ Nothing here depends on what the student has learned, so it is done for thousand
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -78,7 +78,8 @@ class StepEvents:
     ``teacher_logit`` and ``stale_logit`` (the first student, never updated) are calibrated, (impressions,
     tasks). ``read`` counts rows by kind, dead letters with
     the kind of their topic. ``clock`` is the arrival time of the last event, -1 if there are only dead
-    letters.
+    letters. ``nulls`` says of each feature of the spec which impressions have no value, (impressions,); one
+    that all of the block's have is left out. ``raw`` gives the rows as they were read.
     """
 
     arrivals: Arrivals
@@ -90,6 +91,8 @@ class StepEvents:
     read: dict[int, int]
     clock: int
     source: StepSource
+    nulls: dict[str, NDArray[np.bool_]]
+    raw: Callable[[], EventBlock]
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class PreparedBlock:
     conversions: Outcomes
     dead_letter_kind: list[int]
     before: NDArray[np.int64]
+    nulls: dict[str, NDArray[np.bool_]]
 
     def __len__(self) -> int:
         return len(self.block)
@@ -126,6 +130,8 @@ class PreparedBlock:
             read=read,
             clock=self._clock(start, stop),
             source=self._source(start, stop),
+            nulls={name: is_null[impressions] for name, is_null in self.nulls.items()},
+            raw=lambda: self.block.slice(start, stop),
         )
 
     def _clock(self, start: int, stop: int) -> int:
@@ -186,7 +192,21 @@ def prepare(
         conversions=_outcomes(block, CONVERSION, arrival[CONVERSION]),
         dead_letter_kind=[kind_of_source[letter.source] for letter in block.dead_letters],
         before=before,
+        nulls=_nulls(impressions, spec),
     )
+
+
+def _nulls(impressions: pa.Table, spec: FeatureSpec) -> dict[str, NDArray[np.bool_]]:
+    """By feature, which rows have no value; features of which all rows have one are left out."""
+    rows, found = impressions.num_rows, {}
+    names = [part.name for part in spec.categorical]
+    names += [*(part.name for part in spec.numeric), *(part.name for part in spec.sequence)]
+    for name in names if rows else ():
+        if name not in impressions.column_names:
+            found[name] = np.ones(rows, np.bool_)
+        elif (column := impressions.column(name)).null_count:
+            found[name] = column.is_null().to_numpy()
+    return found
 
 
 def _times(table: pa.Table) -> Ints:

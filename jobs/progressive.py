@@ -57,6 +57,17 @@ class ProgressiveQuality:
                 total = total.merge(sums)
         return total
 
+    def trailing(self, hours: int) -> dict[tuple[str, str], QualitySums]:
+        """Sums by task and predictor over the last ``hours`` hours in which windows of the task closed."""
+        newest: dict[str, int] = {}
+        for task, hour, _ in self._sums:
+            newest[task] = max(newest.get(task, hour), hour)
+        found: dict[tuple[str, str], QualitySums] = {}
+        for (task, hour, name), sums in sorted(self._sums.items()):
+            if hour > newest[task] - hours:
+                found[task, name] = found.get((task, name), QualitySums()).merge(sums)
+        return found
+
     def state(self) -> list[list[Any]]:
         return [[*key, sums.state()] for key, sums in sorted(self._sums.items())]
 

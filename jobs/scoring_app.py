@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from jobs.release_watch import ReleaseWatch, wall_clock_ms
+from jobs.served_freshness import ServedFreshness
 from jobs.served_log import ServedLog
 from pipelines.errors import DataError
 
@@ -112,6 +113,9 @@ class ScoringEndpoint:
         self.watch = watch
         self.served = served
         self.metrics = ServingMetrics()
+        self.freshness = ServedFreshness(watch.root)
+        self.freshness.loaded(watch.current)
+        self.metrics.registry.register(self.freshness)
         self._reload_every_s = reload_every / 1000.0
         self._clock = clock
 
@@ -130,7 +134,8 @@ class ScoringEndpoint:
         while True:
             await asyncio.sleep(self._reload_every_s)
             try:
-                await asyncio.to_thread(self.watch.poll)
+                if await asyncio.to_thread(self.watch.poll):
+                    await asyncio.to_thread(self.freshness.loaded, self.watch.current)
             except Exception:
                 # Of code that a release brings in: it must not end the loop, and the log has the traceback.
                 log.exception("looking for a new release failed; still serving the old one")

@@ -31,10 +31,20 @@ __all__ = ["command"]
     help="The worker's own folder: checkpoints, predictions, dead letters.",
 )
 @click.option("--until-end", is_flag=True, help="Stop at the offsets at which the topics end now.")
+@click.option(
+    "--metrics",
+    metavar="HOST:PORT",
+    help="Serve figures for Prometheus there; PORT alone means 127.0.0.1. Overrides stream.metrics.",
+)
 @bootstrap_option
 @config_options
 def command(
-    releases: Path, state: Path, until_end: bool, bootstrap_servers: str | None, config: Config
+    releases: Path,
+    state: Path,
+    until_end: bool,
+    metrics: str | None,
+    bootstrap_servers: str | None,
+    config: Config,
 ) -> None:
     """Learn from Kafka: predict, learn, calibrate, commit, publish.
 
@@ -48,6 +58,9 @@ def command(
     if bootstrap_servers is not None:
         kafka = config.kafka.model_copy(update={"bootstrap_servers": bootstrap_servers})
         config = config.model_copy(update={"kafka": kafka})
+    if metrics is not None:
+        stream = config.stream.model_copy(update={"metrics": metrics})
+        config = config.model_copy(update={"stream": stream})
     use_one_thread()
     worker = Worker(config, releases, state, until_end=until_end)
     for name in (signal.SIGTERM, signal.SIGINT):
@@ -59,6 +72,8 @@ def command(
                 "digest": worker.digest,
                 "step": worker.loop.step_number,
                 "release": worker.release,
+                "breaker": worker.gate.mode,
+                "held_rows": worker.gate.held_rows,
                 "pause_p99_ms": worker.pause_p99_ms(),
             }
         )

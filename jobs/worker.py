@@ -2,7 +2,8 @@
 
 A commit is a copy of what changed, taken at a batch boundary; a thread makes it durable and publishes it
 while the next steps are learned (`jobs.worker_commit`). One is in flight at a time, and what goes wrong in it
-ends the worker at the next boundary.
+ends the worker at the next boundary. What a step is held back for, and what becomes of it, says
+`jobs.breaker_gate`.
 """
 
 from __future__ import annotations
@@ -12,32 +13,32 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jobs.checkpoint import CheckpointStore
+from jobs.audit_log import Tally
+from jobs.breaker_gate import BreakerGate
+from jobs.checkpoint import Checkpoint, CheckpointStore
 from jobs.commit_thread import CommitThread
+from jobs.learned_rows import LearnedRows
 from jobs.online import OnlineLoop
 from jobs.online_state import collect_loop_changes, load_loop_state
 from jobs.predictions import PredictionLog
 from jobs.prepared import PreparedBlock, StepEvents, prepare
-from jobs.publishing import FirstReleases, Learned, load_first
-from jobs.release import pointed
-from jobs.release_manifest import parse_name
-from jobs.release_pointer import CURRENT, read_pointer
+from jobs.produced_times import ProducedTimes
+from jobs.publishing import FirstReleases, load_first
 from jobs.steps import StepCutter
-from jobs.worker_commit import FRESHNESS_RESOLUTION_MS, Commits, Cut, LoopCut
+from jobs.worker_commit import Commits, Cut, LoopCut
+from jobs.worker_metrics import WorkerMetrics
 from jobs.worker_tracking import WorkerTracking
 from pipelines.config import Config
-from pipelines.dead_letters import DeadLetterFile
+from pipelines.dead_letters import DeadLetterFile, negative_delay_letter
 from pipelines.errors import SetupError, StaleStateError
 from pipelines.events import TOPICS, DeadLetter, EventBlock
-from pipelines.joined import NegativeDelay
 from pipelines.kafka_source import Cursor, KafkaSource
 from pipelines.misfits import set_aside_misfits
 
@@ -52,6 +53,8 @@ _POLL_ROWS = 8192
 _COLLECT_AHEAD_S = 0.5
 _COLLECT_ROWS = 16_384
 _REPORT_EVERY_S = 5.0
+# How often a worker with a full hold looks for a command.
+_FULL_RETRY_S = 0.1
 # Pauses that the report looks back on.
 _PAUSES = 1000
 
@@ -91,6 +94,8 @@ class Worker:
         self.predictions = PredictionLog(state / "predictions")
         self.dead_letters = DeadLetterFile(state / "dead_letters.jsonl")
         self.tracking = WorkerTracking(config, state)
+        self.gate = BreakerGate(config.breaker, state, self.store.epoch)
+        self.metrics = WorkerMetrics(config.stream, clock)
         self.commits = Commits(
             self.store,
             self.predictions,
@@ -98,25 +103,29 @@ class Worker:
             releases,
             self.first,
             self.loop,
+            self.metrics,
             keep_releases=config.stream.keep_releases,
             clock=clock,
         )
         self.pauses_ms: deque[float] = deque(maxlen=_PAUSES)
         self._thread = CommitThread()
         self._frozen = self.first.frozen()
-        cursor = self._restore()
+        checkpoint = self._restore()
+        cursor = None if checkpoint is None else Cursor.from_state(checkpoint.plain["cursor"])
         self.source = KafkaSource(config.kafka, cursor, until_end=until_end)
         self.cursor: Cursor = self.source.cursor
+        self._restore_audit(checkpoint)
         self._kinds = dict(zip(_topic_names(config), range(3), strict=True))
         self._cutter = StepCutter(self._prepare, config.student.batch_rows, self.first.warm_up_until)
-        self._cut_step = self.loop.step_number
+        self._cut_step, self._cut_version = self.loop.step_number, self.version
         self._letters: list[DeadLetter] = []
-        self._produced: dict[int, int] = {}
+        self._produced, self._learned = ProducedTimes(), LearnedRows()
         self._last_commit = self._last_report = self._clock()
         self._reported_step = self.loop.step_number
         self._is_stopping = False
+        self._untold: LoopCut | None = None
         # A crash may have come before the commit that was restored was told.
-        self._is_untold = cursor is not None
+        self._is_untold = checkpoint is not None
 
     @property
     def release(self) -> str:
@@ -127,6 +136,11 @@ class Worker:
     def digest(self) -> str | None:
         """Digest of the last committed state."""
         return self.commits.digest
+
+    @property
+    def version(self) -> int:
+        """Number of the next checkpoint: it grows with each step that is learned or held."""
+        return self.loop.step_number + self.gate.moves
 
     def stop(self) -> None:
         """Finish the step at hand, commit and return from `run`."""
@@ -143,6 +157,7 @@ class Worker:
             self._announce()
             self._consume()
             self._thread.wait()
+            self._tell()
             self._begin_commit()
             self._thread.wait()
             self._tell()
@@ -155,6 +170,7 @@ class Worker:
         self.commits.end()
         self._thread.finish()
         self.source.close()
+        self.metrics.close()
         self.tracking.close()
 
     def _announce(self) -> None:
@@ -175,6 +191,12 @@ class Worker:
         """Each step is: predict, record, learn, calibrate; then, when it is time, commit and publish."""
         last_row = self._clock()
         while not self._is_stopping:
+            self.gate.obey(self.loop)
+            self._learn_held()
+            if self.gate.is_full:
+                self._when_due()
+                time.sleep(_FULL_RETRY_S)
+                continue
             block = self.source.poll(_POLL_ROWS, timeout_s=0.1)
             if block is not None:
                 last_row = self._clock()
@@ -186,6 +208,13 @@ class Worker:
             elif not self._until_end and self._clock() - last_row >= _LINGER_S:
                 # Of a log with an end every step is full but the last, however slowly it comes.
                 self._apply(self._cutter.flush())
+            self._when_due()
+
+    def _learn_held(self) -> None:
+        for events in self.gate.drain(self.loop, self._prepare, self.source.partitions):
+            self._learn(events)
+            if self._is_stopping:
+                return
             self._when_due()
 
     def _apply(self, steps: Iterable[StepEvents]) -> None:
@@ -207,29 +236,33 @@ class Worker:
             elif due_in <= min(_COLLECT_AHEAD_S, every / 2):
                 with self._paused():
                     collect_loop_changes(self.loop, _COLLECT_ROWS)
+        self.metrics.update(now, self)
         if now - self._last_report >= _REPORT_EVERY_S:
             self._report(now - self._last_report, self.loop.step_number - self._reported_step)
             self._last_report, self._reported_step = now, self.loop.step_number
 
     def _begin_commit(self) -> None:
         """Copy what changed since the last commit; the rest is done while the loop runs on."""
-        step, loop = self.loop.step_number, None
-        if self.loop.tasks and step != self._cut_step:
+        loop = None
+        if self.loop.tasks and self.version != self._cut_version:
             with self._paused():
                 loop = self._cut_loop()
-            self._produced, self._cut_step, self._is_untold = {}, step, True
+            self._cut_step, self._cut_version = self.loop.step_number, self.version
+            self._untold, self._is_untold = loop, True
         cut, self._letters = Cut(self._letters, self.cursor, loop), []
         self._thread.start(lambda: self.commits.commit(cut, self.source))
 
     def _cut_loop(self) -> LoopCut:
         return LoopCut.take(
             self.loop,
-            self._cut_step,
-            self.predictions.take(),
-            sorted(self._produced.items()),
-            # The cursor is part of what is compared: equal digests mean equal state at the same rows.
-            cursor=self.cursor.to_state(),
-            first_release=self.first.student.digest(),
+            self.gate.cut(self.source.partitions),
+            self.first.student.digest(),
+            self.cursor,
+            version=self.version,
+            after_step=self._cut_step,
+            predicted=self.predictions.take(),
+            learned=self._learned.take(),
+            produced=self._produced.take(),
         )
 
     @contextmanager
@@ -240,23 +273,17 @@ class Worker:
         self.pauses_ms.append((time.perf_counter() - began) * 1000)
 
     def _tell(self) -> None:
-        """Tell MLflow of a commit that has succeeded."""
-        if self._is_untold:
-            self.tracking.committed(self.loop, {"messages": float(self.source.lag())})
-            self._is_untold = False
+        """Clear up after a commit that has succeeded, and tell MLflow of it; none is in flight."""
+        if not self._is_untold:
+            return
+        cut, self._untold, self._is_untold = self._untold, None, False
+        if cut is not None:
+            self.gate.committed(cut.gate, self.store)
+        figures = {"messages": float(self.source.lag()), "held_rows": float(self.gate.held_rows)}
+        self.tracking.committed(self.loop, figures)
 
-    def _restore(self) -> Cursor | None:
-        checkpoint = self.store.load()
-        if checkpoint is None:
-            self.predictions.keep_only([])
-            return None
-        plain = dict(checkpoint.plain)
-        cursor = Cursor.from_state(plain.pop("cursor"))
-        if plain.pop("first_release") != self.first.student.digest():
-            raise StaleStateError(
-                f"the state in {self.state} began with another first student than that in {self.releases}.",
-                hint="name the --releases folder that belongs to this --state, or a new --state folder",
-            )
+    def _begin_loop(self) -> None:
+        """From here on the loop predicts and learns."""
         self.loop.begin(
             self.first.students(),
             self.first.calibrators(),
@@ -264,69 +291,74 @@ class Worker:
             self.first.late_share,
             self.first.delay,
         )
-        load_loop_state(self.loop, checkpoint.arrays, plain)
-        self.commits.segments = list(checkpoint.manifest["outputs"])
-        self.predictions.keep_only(self.commits.segments)
-        self.commits.digest = checkpoint.manifest["digest"]
-        self.commits.release = pointed(self.releases, CURRENT) or self.release
-        log.info("restored step=%d checkpoint=%s", self.loop.step_number, checkpoint.path.name)
-        self._publish_what_a_crash_prevented(checkpoint.manifest)
-        return cursor
 
-    def _publish_what_a_crash_prevented(self, manifest: Mapping[str, Any]) -> None:
-        pointer = read_pointer(self.releases, CURRENT)
-        committed = (manifest["epoch"], manifest["step"])
-        if pointer is None or (not pointer.rollback and parse_name(pointer.name)[:2] < committed):
-            produced = [(bucket, count) for bucket, count in manifest["volatile"]["produced_at"]]
-            self.commits.publish(Learned.now(self.loop), manifest["epoch"], produced)
+    def _restore(self) -> Checkpoint | None:
+        checkpoint = self.store.load()
+        if checkpoint is None:
+            self.commits.restore(None)
+            return None
+        plain = checkpoint.plain
+        if plain["first_release"] != self.first.student.digest():
+            raise StaleStateError(
+                f"the state in {self.state} began with another first student than that in {self.releases}.",
+                hint="name the --releases folder that belongs to this --state, or a new --state folder",
+            )
+        self._begin_loop()
+        load_loop_state(self.loop, checkpoint.arrays, plain)
+        self.gate.load_state(plain["breaker"], checkpoint.manifest["volatile"]["breaker"])
+        self.commits.restore(checkpoint)
+        log.info("restored step=%d checkpoint=%s", self.loop.step_number, checkpoint.path.name)
+        self.commits.publish_what_a_crash_prevented(checkpoint)
+        return checkpoint
+
+    def _restore_audit(self, checkpoint: Checkpoint | None) -> None:
+        cursor = self.cursor.to_state()  # of the source: partitions may have come since the checkpoint
+        if checkpoint is None:
+            self.commits.audit.restore(None, Tally.start(cursor))
+        else:
+            end = checkpoint.manifest["volatile"]["audit"]
+            self.commits.audit.restore(end, Tally.of({**checkpoint.plain, "cursor": cursor}))
 
     def _prepare(self, block: EventBlock) -> PreparedBlock:
         return prepare(block, self.first.student.spec, self.first.student.segments, self._frozen, self._kinds)
 
     def _step(self, events: StepEvents) -> None:
         if not self.loop.tasks and events.clock >= self.first.warm_up_until:
-            self.loop.begin(
-                self.first.students(),
-                self.first.calibrators(),
-                self._frozen.teachers,
-                self.first.late_share,
-                self.first.delay,
-            )
+            self._begin_loop()
             self._cut_step = self.loop.step_number
+        if self.loop.tasks and not self.gate.admits(events, self.loop):
+            self.gate.take(events, self.loop, self.source.partitions)
+            self._letters += events.dead_letters
+        else:
+            self._learn(events)
+        self.cursor = self.source.advance(self.cursor, events.source)
+
+    def _learn(self, events: StepEvents) -> None:
+        produced_at = events.source.produced_at if self.loop.tasks else None
+        self.metrics.began(produced_at)
         result = self.loop.step(events)
+        self.metrics.learned(produced_at)
+        self._learned.add(result.joined, self.loop)
         self.predictions.add(result.predicted, self.loop.tasks, self.release)
         self._letters += events.dead_letters
-        self._letters += [self._negative_delay(found) for found in result.negative_delays]
-        self.cursor = self.source.advance(self.cursor, events.source)
-        if self.loop.tasks and events.source.produced_at is not None:
-            buckets, counts = np.unique(
-                events.source.produced_at // FRESHNESS_RESOLUTION_MS, return_counts=True
-            )
-            for bucket, count in zip(buckets.tolist(), counts.tolist(), strict=True):
-                self._produced[bucket] = self._produced.get(bucket, 0) + count
-
-    def _negative_delay(self, found: NegativeDelay) -> DeadLetter:
-        topic, partition = self.source.partitions[found.position[0]]
-        return DeadLetter(
-            topic,
-            partition,
-            found.position[1],
-            found.position[2],
-            f"expected an event_time of at least {found.opened}, when what it belongs to happened. "
-            f"Received {found.event_time}.",
-            json.dumps(asdict(found), sort_keys=True),
-        )
+        partitions = self.source.partitions
+        self._letters += [negative_delay_letter(found, partitions) for found in result.negative_delays]
+        if produced_at is not None:
+            self._produced.add(produced_at)
 
     def _report(self, seconds: float, steps: int) -> None:
         figures: dict[str, Any] = {
             "step": self.loop.step_number,
             "rows_per_s": round(steps * self.config.student.batch_rows / seconds),
             "lag": self.source.lag(),
+            "breaker": self.gate.mode,
+            "held_rows": self.gate.held_rows,
             "open_impressions": len(self.loop.joiner),
             "release": self.release,
             "pause_p99_ms": self.pause_p99_ms(),
         }
-        log.info("progress %s", " ".join(f"{name}={value}" for name, value in figures.items()))
+        text = " ".join(f"{name}={value}" for name, value in figures.items())
+        log.info("progress %s", text, extra={"figures": figures})
 
 
 def _topic_names(config: Config) -> list[str]:

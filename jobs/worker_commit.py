@@ -2,15 +2,19 @@
 
 The learning thread takes a `Cut` at a batch boundary and goes on. Order matters in what follows:
 
-1. Dead letters of the steps since the last commit are acknowledged by the broker, then written to the file.
-2. The segment of predictions is written.
-3. The checkpoint is written and the head moved: the commit point.
-4. A release is cut from exactly this state and ``CURRENT`` moved to it.
-5. Offsets are committed to the broker, for lag charts only.
+1. The rows read are compared with those accounted for: if they differ, the worker ends here.
+2. Dead letters of the steps since the last commit are acknowledged by the broker, then written to the file.
+3. Held rows, predictions and the line of the ledger are written.
+4. The checkpoint is written and the head moved: the commit point.
+5. A release is cut from exactly this state and ``CURRENT`` moved to it, unless nothing was learned.
+6. Offsets are committed to the broker, for lag charts only.
 
-A crash before 3 repeats the steps since the last commit from the same cursors. Letters that the file holds
-are not sent again; a segment that no commit has named is removed; a release that a crash between 3 and 4 has
-prevented is cut at the next start. While the broker is away, 1 waits, and with it the commit.
+A crash before 4 repeats the steps since the last commit from the same cursors. Letters that the file holds
+are not sent again; files that no commit has named are removed; a release that a crash between 4 and 5 has
+prevented is cut at the next start. While the broker is away, 2 waits, and with it the commit.
+
+A checkpoint is numbered by the cut's ``version``: steps learned, steps held and commands of the breaker
+obeyed. A release is numbered by the steps learned.
 """
 
 from __future__ import annotations
@@ -22,50 +26,74 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.checkpoint import CheckpointStore
+import pyarrow as pa
+
+from jobs.audit_log import AuditLog, Tally
+from jobs.breaker_gate import GateCut
+from jobs.checkpoint import Checkpoint, CheckpointStore
 from jobs.online import OnlineLoop, Predicted
 from jobs.online_state import take_loop_changes
 from jobs.predictions import PredictionLog
+from jobs.produced_times import RESOLUTION_MS, Produced
 from jobs.publishing import FirstReleases, Learned, publish_student
-from jobs.release import garbage_collect
+from jobs.release import garbage_collect, pointed
+from jobs.release_manifest import parse_name, release_name
+from jobs.release_pointer import CURRENT, read_pointer
+from jobs.worker_metrics import WorkerMetrics
 from pipelines.dead_letters import DeadLetterFile
 from pipelines.errors import TransientError
 from pipelines.events import DeadLetter
 from pipelines.kafka_source import Cursor, KafkaSource
 from pipelines.table_rows import Array, TableRows
 
-__all__ = ["FRESHNESS_RESOLUTION_MS", "Commits", "Cut", "LoopCut"]
+__all__ = ["Commits", "Cut", "LoopCut"]
 
 log = logging.getLogger(__name__)
 
-FRESHNESS_RESOLUTION_MS = 100
 _BROKER_RETRY_S = 1.0
-Produced = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class LoopCut:
-    """The loop at one step, and what was predicted on the way there: copies."""
+    """The loop at one boundary, and what happened on the way there: copies.
+
+    Attributes
+    ----------
+    version : int
+        Of the checkpoint to be.
+    after_step : int
+        Steps learned at the cut before.
+    predicted, learned : list
+        What was predicted and learned since.
+    produced : list of (int, int)
+        When the events learned since reached the broker: `jobs.produced_times`.
+    gate : GateCut
+    """
 
     arrays: Mapping[str, Array]
     tables: Mapping[str, Sequence[TableRows]]
     plain: dict[str, Any]
+    version: int
     after_step: int
     predicted: list[tuple[Predicted, str]]
+    learned: list[pa.RecordBatch]
     produced: Produced
+    gate: GateCut
 
     @classmethod
     def take(
-        cls,
-        loop: OnlineLoop,
-        after_step: int,
-        predicted: list[tuple[Predicted, str]],
-        produced: Produced,
-        **plain: Any,
+        cls, loop: OnlineLoop, gate: GateCut, first_release: str, cursor: Cursor, **since: Any
     ) -> LoopCut:
-        """Of the loop as it is; ``plain`` is added to the plain part of its state."""
-        arrays, tables, state = take_loop_changes(loop)
-        return cls(arrays, tables, {**state, **plain}, after_step, predicted, produced)
+        """Of the loop as it is; ``since`` is what happened since the cut before."""
+        arrays, tables, plain = take_loop_changes(loop)
+        # All of it is compared: equal digests mean equal state at the same rows.
+        plain |= {"cursor": cursor.to_state(), "first_release": first_release, "breaker": gate.state}
+        return cls(arrays, tables, plain, gate=gate, **since)
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether the weights are others than at the cut before."""
+        return int(self.plain["step"]) != self.after_step
 
 
 @dataclass(frozen=True)
@@ -84,6 +112,8 @@ class Commits:
     ----------
     loop : OnlineLoop
         Only what never changes of it is looked at: its students' specs and configurations.
+    metrics : WorkerMetrics
+        Told which events have been committed and published.
     clock : callable
         Wall clock, seconds since the epoch.
 
@@ -95,6 +125,8 @@ class Commits:
         The newest release.
     digest : str or None
         Of the last committed state.
+    step : int
+        Steps learned up to it.
     """
 
     def __init__(
@@ -105,6 +137,7 @@ class Commits:
         releases: Path,
         first: FirstReleases,
         loop: OnlineLoop,
+        metrics: WorkerMetrics,
         *,
         keep_releases: int,
         clock: Callable[[], float],
@@ -112,10 +145,39 @@ class Commits:
         self.segments: list[str] = []
         self.release = first.student.name
         self.digest: str | None = None
+        self.step = 0
+        self.audit = AuditLog(store.root / "audit")
+        self._learned_release: str | None = None  # of the last commit that has learned
+        self._metrics = metrics
         self._store, self._predictions, self._dead_letters = store, predictions, dead_letters
         self._releases, self._first, self._loop = releases, first, loop
         self._keep_releases, self._clock = keep_releases, clock
         self._is_ending = threading.Event()
+
+    def restore(self, checkpoint: Checkpoint | None) -> None:
+        """Go on behind a checkpoint, or (None) from the start; predictions beyond it are removed."""
+        if checkpoint is not None:
+            manifest = checkpoint.manifest
+            self.segments = list(manifest["outputs"])
+            self.digest = manifest["digest"]
+            self.release = pointed(self._releases, CURRENT) or self.release
+            self._learned_release = manifest["volatile"]["release"]
+            self.step = checkpoint.plain["step"]
+        self._predictions.keep_only(self.segments)
+
+    def publish_what_a_crash_prevented(self, checkpoint: Checkpoint) -> None:
+        """Cut the release that belongs to a checkpoint, unless it, or a newer one, is there.
+
+        The loop stands where the checkpoint was taken.
+        """
+        pointer = read_pointer(self._releases, CURRENT)
+        if self._learned_release is None:
+            return
+        committed = parse_name(self._learned_release)[:2]
+        if pointer is None or (not pointer.rollback and parse_name(pointer.name)[:2] < committed):
+            volatile = checkpoint.manifest["volatile"]
+            produced = [(bucket, count) for bucket, count in volatile["produced_at"]]
+            self._publish(Learned.now(self._loop), committed[0], produced)
 
     def end(self) -> None:
         """Wait for the broker no longer."""
@@ -129,20 +191,21 @@ class Commits:
         TransientError
             If the broker does not take dead letters and the worker is ending: nothing has been committed.
         StaleStateError
-            If another worker has taken over.
+            If another worker has taken over, or rows were lost or counted twice.
         SetupError
             If the disk refuses to take the state.
         """
+        tally = None if cut.loop is None else Tally.of(cut.loop.plain)
         self._store.check_lease()
         self._hand_over(cut.letters, source)
-        if cut.loop is None:
+        if cut.loop is None or tally is None:
             return
-        self._commit_loop(cut.loop)
+        self._commit_loop(cut.loop, tally)
         source.commit_offsets(cut.cursor)
         needed = (self._first.teacher.name, self._first.student.name)
         garbage_collect(self._releases, self._keep_releases, needed)
 
-    def publish(self, learned: Learned, epoch: int, produced: Produced) -> None:
+    def _publish(self, learned: Learned, epoch: int, produced: Produced) -> None:
         """Cut a release from what the commit of ``epoch`` holds."""
         self.release = publish_student(
             self._releases,
@@ -153,27 +216,40 @@ class Commits:
             extra={
                 "state_digest": self.digest,
                 "published_at": round(self._clock() * 1000),
-                "produced_at": {"resolution_ms": FRESHNESS_RESOLUTION_MS, "counts": produced},
+                "produced_at": {"resolution_ms": RESOLUTION_MS, "counts": produced},
             },
         )
 
-    def _commit_loop(self, cut: LoopCut) -> None:
-        step, epoch = cut.plain["step"], self._store.epoch
-        segment = self._predictions.write_segment(cut.predicted, cut.after_step, step, epoch)
+    def _commit_loop(self, cut: LoopCut, tally: Tally) -> None:
+        epoch = self._store.epoch
+        held = cut.gate.write(self._store.root / "hold")
+        segment = self._predictions.write_segment(cut.predicted, cut.after_step, tally.step, epoch)
         if segment is not None:
             self.segments.append(segment)
+        release = release_name("student", epoch, tally.step) if cut.has_learned else None
+        self._learned_release = release or self._learned_release
+        audit = self.audit.append(tally, cut.learned, version=cut.version, epoch=epoch, release=release)
         self.digest = self._store.commit(
-            step,
+            cut.version,
             cut.arrays,
             cut.plain,
             tables=cut.tables,
-            cursor=cut.plain["cursor"],
+            cursor=tally.cursor,
             outputs=list(self.segments),
-            volatile={"committed_at": self._clock(), "produced_at": cut.produced},
+            volatile={
+                "committed_at": self._clock(),
+                "produced_at": cut.produced,
+                "breaker": held,
+                "audit": audit,
+                "release": self._learned_release,
+            },
         )
-        self.publish(
-            Learned.at_cut(self._loop, self._store.committed_arrays(), cut.plain), epoch, cut.produced
-        )
+        self.step = tally.step
+        self._metrics.reached("committed", cut.produced)
+        if cut.has_learned:
+            learned = Learned.at_cut(self._loop, self._store.committed_arrays(), cut.plain)
+            self._publish(learned, epoch, cut.produced)
+            self._metrics.reached("published", cut.produced)
 
     def _hand_over(self, letters: list[DeadLetter], source: KafkaSource) -> None:
         letters = self._dead_letters.unwritten(letters)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError, model_validator
 from pipelines.config_sections import (
     AttributionConfig,
     BacktestConfig,
+    BreakerConfig,
     CalibrationConfig,
     ChecksConfig,
     DelayConfig,
@@ -66,6 +67,7 @@ class Config(Section):
     backtest: BacktestConfig = BacktestConfig()
     kafka: KafkaConfig = KafkaConfig()
     stream: StreamConfig = StreamConfig()
+    breaker: BreakerConfig = BreakerConfig()
     serve: ServeConfig = ServeConfig()
     tracking: TrackingConfig = TrackingConfig()
 

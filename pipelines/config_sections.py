@@ -14,6 +14,7 @@ __all__ = [
     "TASKS",
     "AttributionConfig",
     "BacktestConfig",
+    "BreakerConfig",
     "CalibrationConfig",
     "ChecksConfig",
     "DelayConfig",
@@ -311,6 +312,43 @@ class StreamConfig(Section):
     keep_checkpoints: int = Field(default=3, ge=2)
     deltas: int = Field(default=16, ge=0, le=1000)
     keep_releases: int = Field(default=50, ge=2)
+    metrics: str = ""
+    stall_after: Duration = 30_000
+    lag_alarm: int = Field(default=100_000, ge=0)
+
+
+class BreakerConfig(Section):
+    """When the worker stops learning: bounds on the rows of a window of event time, and the hold's size.
+
+    See `monitoring.breaker` for the figures. The defaults are wide enough for any day's ups and downs; bounds
+    that depend on the product (the click rate itself, rows per second) are open until they are set.
+    ``min_impressions`` and ``min_outcomes`` (clicks, conversions) are what a window must hold before it is
+    judged; ``hold_rows`` is how many rows wait on disk at most.
+    """
+
+    enabled: bool = True
+    window: Duration = 10 * 60_000
+    min_impressions: int = Field(default=500, ge=1)
+    # With 50 expected and a fall to a tenth, chance alone trips less than once in 10**15 looks.
+    min_outcomes: int = Field(default=50, ge=1)
+    click_rate: tuple[float, float] = (0.0, 1.0)
+    click_rate_change: tuple[float, float] = (0.1, 10.0)
+    click_coverage: float = Field(default=0.5, ge=0, le=1)
+    conversion_coverage: float = Field(default=0.0, ge=0, le=1)
+    null_rate: float = Field(default=1.0, ge=0, le=1)
+    null_rise: float = Field(default=0.5, ge=0, le=1)
+    rows_per_second: tuple[float, float] = (0.0, 1e9)
+    hold_rows: int = Field(default=10_000_000, ge=1)
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> BreakerConfig:
+        for name in ("click_rate", "click_rate_change", "rows_per_second"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= high < float("inf"):
+                raise ValueError(
+                    f"{name} must be two finite bounds, 0 or more, the lower first. Got [{low}, {high}]"
+                )
+        return self
 
 
 class ServeConfig(Section):

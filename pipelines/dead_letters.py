@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -13,8 +14,9 @@ import orjson
 
 from pipelines.errors import SetupError
 from pipelines.events import DeadLetter
+from pipelines.joined import NegativeDelay
 
-__all__ = ["DeadLetterFile", "letter_key", "letter_value", "publish"]
+__all__ = ["DeadLetterFile", "letter_key", "letter_value", "negative_delay_letter", "publish"]
 
 Position = tuple[str, int, int, int]
 
@@ -117,6 +119,20 @@ def letter_key(letter: DeadLetter) -> bytes:
 def letter_value(letter: DeadLetter) -> bytes:
     """A letter as JSON."""
     return orjson.dumps(asdict(letter))
+
+
+def negative_delay_letter(found: NegativeDelay, partitions: Sequence[tuple[str, int]]) -> DeadLetter:
+    """The letter of an outcome that happened before what it belongs to; ``partitions`` names positions."""
+    topic, partition = partitions[found.position[0]]
+    return DeadLetter(
+        topic,
+        partition,
+        found.position[1],
+        found.position[2],
+        f"expected an event_time of at least {found.opened}, when what it belongs to happened. "
+        f"Received {found.event_time}.",
+        json.dumps(asdict(found), sort_keys=True),
+    )
 
 
 def publish(producer: Any, topic: str, letters: Sequence[DeadLetter], timeout_s: float) -> None:

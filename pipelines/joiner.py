@@ -140,6 +140,14 @@ class Joiner:
         """Take note that features have been written, or added, from outside."""
         self._stored.forget()
 
+    def knows(self, impression_id: list[str]) -> Flags:
+        """Which impressions have an open window, shape (n,)."""
+        return np.asarray(self._table.find(hash_ids(impression_id)) >= 0, np.bool_)
+
+    def keys_of(self, slots: Ints) -> Keys:
+        """Hash of the id of the impression in each slot, (n, 2); until the next step also of freed ones."""
+        return self._table.keys[slots]
+
     def open_windows(self, task: int) -> Closed:
         """The windows of a task that are open now, with the label known so far, by time of opening."""
         windows = self.windows[task]

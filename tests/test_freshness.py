@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 
 from jobs.freshness import BUDGET_S, freshness_report
+from jobs.release import Release
+from jobs.release_watch import Loaded
+from jobs.served_freshness import ServedFreshness
 from tests.releases import publish
 
 BEGAN = 1_700_000_000_000
@@ -86,3 +89,19 @@ def test_only_events_since_a_moment_are_judged(releases: tuple[Path, list[str]],
     report = freshness_report(root, path, since_ms=BEGAN + 3_000)
     assert report["stages"]["event to published"]["rows"] == 150
     assert report["stages"]["event to published"]["max_s"] == pytest.approx(1.0, rel=0.05)
+
+
+def test_a_server_counts_each_event_once_when_it_comes_into_service(releases: tuple[Path, list[str]]) -> None:
+    root, names = releases
+    freshness = ServedFreshness(root)
+    # It begins with the first release, skips the second, goes back, and loads the third again.
+    for name, at in ((names[0], 2_550), (names[2], 6_550), (names[0], 7_000), (names[2], 8_000)):
+        freshness.loaded(Loaded(Release.load(root / name), BEGAN + at))
+    (family,) = freshness.collect()
+    told = {
+        (sample.name.rsplit("_", 1)[1], sample.labels.get("le")): sample.value for sample in family.samples
+    }
+    # Of the second release's events 3.5 s (100), of the third's 1.5 s (50).
+    assert told["count", None] == 150
+    assert told["sum", None] == pytest.approx(3.5 * 100 + 1.5 * 50)
+    assert [told["bucket", edge] for edge in ("1.0", "2.0", "3.0", "5.0")] == [0, 50, 50, 150]

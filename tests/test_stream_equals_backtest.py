@@ -21,9 +21,9 @@ _COMPARED = ("impression_id", "task", "predicted_at", "logit", "probability", "t
 
 
 def without_positions(plain: dict[str, Any]) -> dict[str, Any]:
-    """The state without where rows were read: the cursor, and the positions of events still held."""
+    """The state without what only a worker has, and without where rows were read."""
     plain = copy.deepcopy(plain)
-    for name in ("cursor", "first_release"):
+    for name in ("cursor", "first_release", "breaker"):
         plain.pop(name, None)
     for held in plain["joiner"]["orphans"].values():
         for orphan in held:
