@@ -31,10 +31,20 @@ __all__ = ["command"]
     help="The worker's own folder: checkpoints, predictions, dead letters.",
 )
 @click.option("--until-end", is_flag=True, help="Stop at the offsets at which the topics end now.")
+@click.option(
+    "--backfill",
+    metavar="LAKE",
+    help="Read messages that the broker has deleted and the state has not read yet from this lake.",
+)
 @bootstrap_option
 @config_options
 def command(
-    releases: Path, state: Path, until_end: bool, bootstrap_servers: str | None, config: Config
+    releases: Path,
+    state: Path,
+    until_end: bool,
+    backfill: str | None,
+    bootstrap_servers: str | None,
+    config: Config,
 ) -> None:
     """Learn from Kafka: predict, learn, calibrate, commit, publish.
 
@@ -49,7 +59,7 @@ def command(
         kafka = config.kafka.model_copy(update={"bootstrap_servers": bootstrap_servers})
         config = config.model_copy(update={"kafka": kafka})
     use_one_thread()
-    worker = Worker(config, releases, state, until_end=until_end)
+    worker = Worker(config, releases, state, until_end=until_end, backfill=backfill)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, frame: worker.stop())
     worker.run()

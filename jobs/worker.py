@@ -32,6 +32,7 @@ from jobs.release_pointer import CURRENT, read_pointer
 from jobs.steps import StepCutter
 from jobs.worker_commit import FRESHNESS_RESOLUTION_MS, Commits, Cut, LoopCut
 from jobs.worker_tracking import WorkerTracking
+from pipelines.backfill import Backfill
 from pipelines.config import Config
 from pipelines.dead_letters import DeadLetterFile
 from pipelines.errors import StaleStateError
@@ -64,6 +65,8 @@ class Worker:
         Checkpoints, prediction segments and dead letters.
     until_end : bool
         Stop at the offsets that the topics end at now.
+    backfill : str or Path, optional
+        Lake that has what the broker has deleted and the state has not read yet.
     clock : callable
         Wall clock, seconds since the epoch.
     """
@@ -75,6 +78,7 @@ class Worker:
         state: Path,
         *,
         until_end: bool = False,
+        backfill: str | Path | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.releases, self.state, self._clock = releases, state, clock
@@ -101,7 +105,8 @@ class Worker:
         self._thread = CommitThread()
         self._frozen = self.first.frozen()
         cursor = self._restore()
-        self.source = KafkaSource(config.kafka, cursor, until_end=until_end)
+        lake = None if backfill is None else Backfill(backfill, state / "backfill")
+        self.source = KafkaSource(config.kafka, cursor, until_end=until_end, backfill=lake)
         self.cursor: Cursor = self.source.cursor
         self._kinds = dict(zip(_topic_names(config), range(3), strict=True))
         self._cutter = StepCutter(self._prepare, config.student.batch_rows, self.first.warm_up_until)
