@@ -21,7 +21,7 @@ from pipelines.backfill import Backfill, PastRows
 from pipelines.config_sections import KafkaConfig
 from pipelines.cursor import Cursor, Place, TopicPartition
 from pipelines.dead_letters import publish
-from pipelines.errors import TransientError
+from pipelines.errors import SetupError, TransientError
 from pipelines.events import TOPICS, DeadLetter, EventBlock
 from pipelines.kafka_client import broker_error, make_consumer, make_producer
 from pipelines.kafka_reach import Connection, check_reach, find_gaps, find_partitions, offsets
@@ -132,7 +132,7 @@ class KafkaSource:
         self._heard = [clock()] * len(places)
         self._stalled: set[int] = set()
         self._read: set[int] = set()  # partitions that the consumer is told to read
-        self._assign([index for index in range(len(places)) if index not in self._past])
+        self._assign([index for index in range(len(places)) if index not in self._past.indices()])
         self._packed_rows: list[dict[int, int]] = [{} for _ in places]
         self._ready: list[EventBlock] = []
         self._rows_a_message = 1.0
@@ -290,11 +290,19 @@ class KafkaSource:
         if self._clock() - self._looked < _LOOK_EVERY_S:
             return
         self._looked = self._clock()
-        found = find_partitions(self._consumer, self._kinds, self._config)
-        new = [partition for partition in found if partition not in self.partitions]
-        if not new:
+        try:
+            found = find_partitions(self._consumer, self._kinds, self._config)
+            new = [partition for partition in found if partition not in self.partitions]
+            if not new:
+                return
+            first, _ = self._limits(new)
+        except (KafkaError, TransientError, SetupError) as error:
+            # Just made, it may have no leader yet; a topic that is gone for good is told by the reading.
+            log.warning("cannot look for new partitions now: %s", error)
             return
-        first, _ = self._limits(new)
+        self._read_new(new, first)
+
+    def _read_new(self, new: Sequence[TopicPartition], first: Sequence[int]) -> None:
         start = Cursor(dict.fromkeys(new, Place(0)))
         gaps = find_gaps(start, first)
         check_reach(Cursor(), start, first, () if self._backfill else gaps)
@@ -311,11 +319,13 @@ class KafkaSource:
         self._fill(self._past, gaps, start)
         self._regulate()
 
-    def _take_past(self) -> None:
-        """Queue rows of the lake for partitions of which few wait."""
+    def _take_past(self) -> bool:
+        """Queue rows of the lake for partitions of which few wait; whether there were such partitions."""
+        has_taken = False
         for index in self._past.indices():
             if self._merge.waiting[index] > _MOST_WAITING // 2:
                 continue
+            has_taken = True
             keyed = self._past.next(index)
             self._heard[index] = self._clock()
             if keyed is None:
@@ -324,12 +334,12 @@ class KafkaSource:
             elif len(keyed.rows):
                 self._position[index] = int(keyed.rows.offset[-1]) + 1
                 self._add(keyed)
+        return has_taken
 
     def _ingest(self, timeout_s: float) -> None:
         """Fetch, decode and queue what has come."""
         self._look_for_partitions()
-        self._take_past()
-        records = self._fetch(0.0 if self._past.indices() else timeout_s)
+        records = self._fetch(0.0 if self._take_past() else timeout_s)
         now = self._clock()
         polled: dict[str, list[PolledPartition]] = {}
         for partition, found in records.items():
