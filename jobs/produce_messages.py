@@ -11,12 +11,12 @@ import pyarrow as pa
 import xxhash
 from numpy.typing import NDArray
 
+from pipelines.arrival_header import ARRIVAL_HEADER
 from pipelines.codec import encode_json, encode_packed
 from pipelines.event_file_reading import RejectedRow
 from pipelines.event_files import EventFiles
 from pipelines.events import DEAD_LETTER, EventBlock
 from pipelines.hashing import HASH_SEED, hash_column
-from pipelines.kafka_rows import ARRIVAL_HEADER
 
 __all__ = ["Message", "block_messages"]
 

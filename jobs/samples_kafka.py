@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.kafka_offsets import micro_batch_offsets, starting_offsets
 from jobs.topics import answers
+from pipelines.arrival_header import ARRIVAL_HEADER
 from pipelines.config import resolve_secret
 from pipelines.config_sections import KafkaConfig
 from pipelines.errors import ConfigError, CtrstreamError, DataError, SetupError, TransientError
@@ -177,6 +178,7 @@ def _kafka_stream(spark: SparkSession, kafka: KafkaConfig, begin: str) -> DataFr
         .option("startingOffsets", begin)
         # Offsets that the broker has dropped are a loss to be told, never to be skipped.
         .option("failOnDataLoss", "true")
+        .option("includeHeaders", "true")
         .options(**spark_kafka_options(kafka.options))
     )
     try:
@@ -186,7 +188,10 @@ def _kafka_stream(spark: SparkSession, kafka: KafkaConfig, begin: str) -> DataFr
             f"Spark has no Kafka connector: {str(error).splitlines()[0]}",
             hint="spark-submit --jars $(ctrstream spark-entry --jars) ...",
         ) from error
-    source = loaded.selectExpr("topic", "partition", "offset", "unix_millis(timestamp) AS timestamp", "value")
+    told = f"transform(filter(headers, h -> h.key = '{ARRIVAL_HEADER}'), h -> h.value) AS told"
+    source = loaded.selectExpr(
+        "topic", "partition", "offset", "unix_millis(timestamp) AS timestamp", "value", told
+    )
     return source.mapInArrow(partial(kafka_rows, topics=topics), ddl(LAKE_SCHEMA))
 
 

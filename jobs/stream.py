@@ -36,6 +36,11 @@ __all__ = ["command"]
     metavar="HOST:PORT",
     help="Serve figures for Prometheus there; PORT alone means 127.0.0.1. Overrides stream.metrics.",
 )
+@click.option(
+    "--backfill",
+    metavar="LAKE",
+    help="Read messages that the broker has deleted and the state has not read yet from this lake.",
+)
 @bootstrap_option
 @config_options
 def command(
@@ -43,6 +48,7 @@ def command(
     state: Path,
     until_end: bool,
     metrics: str | None,
+    backfill: str | None,
     bootstrap_servers: str | None,
     config: Config,
 ) -> None:
@@ -62,7 +68,7 @@ def command(
         stream = config.stream.model_copy(update={"metrics": metrics})
         config = config.model_copy(update={"stream": stream})
     use_one_thread()
-    worker = Worker(config, releases, state, until_end=until_end)
+    worker = Worker(config, releases, state, until_end=until_end, backfill=backfill)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda number, frame: worker.stop())
     worker.run()

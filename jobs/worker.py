@@ -35,6 +35,7 @@ from jobs.steps import StepCutter
 from jobs.worker_commit import Commits, Cut, LoopCut
 from jobs.worker_metrics import WorkerMetrics
 from jobs.worker_tracking import WorkerTracking
+from pipelines.backfill import Backfill
 from pipelines.config import Config
 from pipelines.dead_letters import DeadLetterFile, negative_delay_letter
 from pipelines.errors import SetupError, StaleStateError
@@ -71,6 +72,8 @@ class Worker:
         Checkpoints, prediction segments and dead letters.
     until_end : bool
         Stop at the offsets that the topics end at now.
+    backfill : str or Path, optional
+        Lake that has what the broker has deleted and the state has not read yet.
     clock : callable
         Wall clock, seconds since the epoch.
     """
@@ -82,6 +85,7 @@ class Worker:
         state: Path,
         *,
         until_end: bool = False,
+        backfill: str | Path | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.releases, self.state, self._clock = releases, state, clock
@@ -112,7 +116,8 @@ class Worker:
         self._frozen = self.first.frozen()
         checkpoint = self._restore()
         cursor = None if checkpoint is None else Cursor.from_state(checkpoint.plain["cursor"])
-        self.source = KafkaSource(config.kafka, cursor, until_end=until_end)
+        lake = None if backfill is None else Backfill(backfill, state / "backfill")
+        self.source = KafkaSource(config.kafka, cursor, until_end=until_end, backfill=lake)
         self.cursor: Cursor = self.source.cursor
         self._restore_audit(checkpoint)
         self._kinds = dict(zip(_topic_names(config), range(3), strict=True))

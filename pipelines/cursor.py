@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
 
 class Cursor(dict[TopicPartition, Place]):
-    """The next row to apply of each partition.
+    """The next row to apply of each partition, in the order in which a source counts them.
 
     Examples
     --------
@@ -44,8 +44,8 @@ class Cursor(dict[TopicPartition, Place]):
     """
 
     def to_state(self) -> list[list[str | int]]:
-        """Plain values for JSON, sorted."""
-        return [[topic, partition, *place] for (topic, partition), place in sorted(self.items())]
+        """Plain values for JSON. Their order is kept, for rows of the state name partitions by number."""
+        return [[topic, partition, *place] for (topic, partition), place in self.items()]
 
     @classmethod
     def from_state(cls, state: object) -> Self:

@@ -13,8 +13,10 @@ from pipelines.config_sections import KafkaConfig
 from pipelines.cursor import Cursor, TopicPartition
 from pipelines.errors import SetupError, StaleStateError
 from pipelines.kafka_client import broker_error
+from pipelines.lake import OffsetRange
+from pipelines.lake_offsets import tell
 
-__all__ = ["Connection", "check_reach", "find_partitions", "offsets"]
+__all__ = ["Connection", "check_reach", "find_gaps", "find_partitions", "offsets"]
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +92,16 @@ def offsets(
     return [found[partition] for partition in wanted]
 
 
-def check_reach(cursor: Cursor, start: Cursor, first: list[int], end: list[int]) -> None:
+def find_gaps(start: Cursor, first: Sequence[int]) -> list[OffsetRange]:
+    """What was to be read next and the broker holds no longer: offsets below ``first`` of each partition."""
+    return [
+        OffsetRange(topic=topic, partition=partition, start=place.offset, stop=held)
+        for ((topic, partition), place), held in zip(start.items(), first, strict=True)
+        if place.offset < held
+    ]
+
+
+def check_reach(cursor: Cursor, start: Cursor, end: Sequence[int], gaps: Sequence[OffsetRange] = ()) -> None:
     """Refuse to begin where the broker holds nothing: rows would be skipped, or read twice.
 
     Parameters
@@ -99,34 +110,32 @@ def check_reach(cursor: Cursor, start: Cursor, first: list[int], end: list[int])
         Where reading had come to; may lack partitions that are new.
     start : Cursor
         Where it is to go on, of every partition that there is.
-    first, end : list of int
-        What the broker holds of each partition of ``start``: offsets from ``first`` up to ``end`` - 1.
+    end : sequence of int
+        Where each partition of ``start`` ends at the broker.
+    gaps : sequence of OffsetRange
+        What nothing makes up for.
 
     Raises
     ------
     StaleStateError
         Naming each range of offsets that is gone, or each place that is not there.
     """
-    gaps, beyond, total = [], [], 0
-    for index, ((topic, partition), place) in enumerate(start.items()):
-        if place.offset < first[index]:
-            missing = first[index] - place.offset
-            total += missing
-            gaps.append(f"{topic}-{partition}: offsets {place.offset} to {first[index] - 1} ({missing})")
-        elif place.offset > end[index]:
-            beyond.append(f"{topic}-{partition}: offset {place.offset}, but it ends at {end[index]}")
-    gone = [f"{topic}-{partition}" for topic, partition in cursor if (topic, partition) not in start]
     if gaps:
+        total = sum(gap.stop - gap.start for gap in gaps)
         raise StaleStateError(
-            f"the broker has deleted {total} messages that were not read yet. {'; '.join(gaps)}.",
-            hint="nothing is skipped in silence: train first releases anew from snapshots of the lake that "
-            "end after these offsets, and start from them with a new --state folder; then raise the "
-            "retention of the topics",
+            f"the broker has deleted {total} messages that were not read yet. {tell(gaps)}.",
+            hint="read them from the lake: start the worker with --backfill LAKE, once `ctrstream samples "
+            "ingest` has filled it from these topics; then raise their retention",
         )
-    if beyond or gone:
-        beyond += [f"{name}: no such partition" for name in gone]
+    beyond = [
+        f"{topic}-{partition}: offset {place.offset}, but it ends at {stop}"
+        for ((topic, partition), place), stop in zip(start.items(), end, strict=True)
+        if place.offset > stop
+    ]
+    beyond += [f"{topic}-{partition}: no such partition" for topic, partition in cursor.keys() - start.keys()]
+    if beyond:
         raise StaleStateError(
             f"the cursor points beyond what the broker holds: the topics are not the ones that were read. "
-            f"{'; '.join(beyond)}.",
+            f"{'; '.join(sorted(beyond))}.",
             hint="use the broker and topics of this state, or start with an empty state folder",
         )

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.arrival_header import ARRIVAL_HEADER, told_arrival
 from pipelines.codec import Messages, decode_messages, is_packed
 from pipelines.event_file_reading import row_as_json
 from pipelines.events import DEAD_LETTER, DeadLetter, EventBlock, contract_schema
@@ -18,10 +19,7 @@ from pipelines.hashing import hash_column
 from pipelines.merge import UNKNOWN_TIME
 from pipelines.validation import validate
 
-__all__ = ["ARRIVAL_HEADER", "DecodedBatch", "PolledPartition", "Rows", "decode_polled", "gather"]
-
-# Header that tells when a message that is no event became known, ms as decimal text.
-ARRIVAL_HEADER = "ctrstream.arrival_time"
+__all__ = ["DecodedBatch", "Keyed", "PolledPartition", "Rows", "decode_polled", "gather"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def decode_polled(kind: int, polled: Sequence[PolledPartition]) -> list[Keyed]:
         found = [*_dead_letters(kind, polled, owner, messages, records, reasons)]
         letters = [letter for letter, _ in found]
         place[dead] = np.arange(len(dead))
-        arrival[dead] = [_told_arrival(records[index]) for index in message[dead].tolist()]
+        arrival[dead] = [_told_arrival(records[index].headers) for index in message[dead].tolist()]
         hashes[dead] = hash_column(pa.array([payload for _, payload in found], pa.binary()))
     whole = Rows(
         DecodedBatch(kind, table, letters),
@@ -186,12 +184,8 @@ def _by_partition(
     return found
 
 
-def _told_arrival(record: Any) -> int:
-    """Arrival time in a record's headers; UNKNOWN_TIME without one."""
-    for name, value in record.headers:
-        if name == ARRIVAL_HEADER and value is not None and value.isdigit() and len(value) < 16:
-            return int(value)
-    return UNKNOWN_TIME
+def _told_arrival(headers: Sequence[tuple[str, bytes | None]]) -> int:
+    return told_arrival(value for name, value in headers if name == ARRIVAL_HEADER)
 
 
 def gather(

@@ -17,14 +17,16 @@ from kafka import TopicPartition as KafkaTopicPartition
 from kafka.errors import KafkaError, OffsetOutOfRangeError
 from numpy.typing import NDArray
 
+from pipelines.backfill import Backfill, PastRows
 from pipelines.config_sections import KafkaConfig
-from pipelines.cursor import Cursor, Place
+from pipelines.cursor import Cursor, Place, TopicPartition
 from pipelines.dead_letters import publish
-from pipelines.errors import TransientError
+from pipelines.errors import SetupError, TransientError
 from pipelines.events import TOPICS, DeadLetter, EventBlock
 from pipelines.kafka_client import broker_error, make_consumer, make_producer
-from pipelines.kafka_reach import Connection, check_reach, find_partitions, offsets
-from pipelines.kafka_rows import PolledPartition, Rows, decode_polled, gather
+from pipelines.kafka_reach import Connection, check_reach, find_gaps, find_partitions, offsets
+from pipelines.kafka_rows import Keyed, PolledPartition, Rows, decode_polled, gather
+from pipelines.lake import OffsetRange
 from pipelines.merge import Merged, PartitionMerge
 
 __all__ = ["Cursor", "KafkaSource", "Place", "RowPositions"]
@@ -37,6 +39,8 @@ _MOST_WAITING = 131_072
 _PUBLISH_TIMEOUT_S = 120.0
 _COMMIT_TIMEOUT_MS = 5_000
 _STALLED_S = 30.0
+# How often the broker is asked for partitions that are new.
+_LOOK_EVERY_S = 10.0
 # What is idle, away or at its end is looked at again this often while nothing comes.
 _LONGEST_WAIT_S = 0.1
 _GROUP = "ctrstream"
@@ -60,22 +64,26 @@ class KafkaSource:
 
     The order follows from the log alone (`pipelines.merge`), except where a partition that has been silent
     for ``idle_timeout`` at its end is passed over and speaks later: its rows then count as known when they
-    come.
+    come. So do those of a partition that a topic gets while it is read: it is found within seconds.
 
     Parameters
     ----------
     config : KafkaConfig
     cursor : Cursor, optional
-        Where to begin; partitions that it does not name are read from their first message.
+        Where to begin; partitions that it does not name are read from their beginning. Without one, all from
+        the first message that is there.
     until_end : bool
         Read up to the offsets at which the partitions end now, and then be ``exhausted``.
+    backfill : Backfill, optional
+        Where to look for messages that the broker has deleted.
     clock : callable
         Monotonic wall clock, seconds.
 
     Attributes
     ----------
     partitions : list of (str, int)
-        Topic and partition number, sorted; ``EventBlock.partition`` counts through it.
+        Topic and partition number; ``EventBlock.partition`` counts through it. Sorted, those that came later
+        behind: what has a number keeps it.
     cursor : Cursor
         Where reading began.
 
@@ -87,6 +95,8 @@ class KafkaSource:
         If a topic does not exist, or the broker refuses the credentials.
     StaleStateError
         If the cursor lies outside of what the broker holds.
+    DataError
+        If the lake of ``backfill`` lacks some of what the broker has deleted.
     """
 
     def __init__(
@@ -95,17 +105,22 @@ class KafkaSource:
         cursor: Cursor | None = None,
         until_end: bool = False,
         *,
+        backfill: Backfill | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config, self._clock = config, clock
-        self._consumer = make_consumer(config, max_poll_records=_ROWS_A_POLL)
+        self._config, self._clock, self._backfill = config, clock, backfill
+        age = {"metadata_max_age_ms": round(_LOOK_EVERY_S * 1000)}
+        self._consumer = make_consumer(config, max_poll_records=_ROWS_A_POLL, **age)
         self._committer: Any = None
         self._producer: Any = None
         try:
             self._kinds = {str(getattr(config.topics, name)): kind for kind, name in enumerate(TOPICS)}
-            self.partitions = find_partitions(self._consumer, self._kinds, config)
-            self.cursor = self._start(Cursor() if cursor is None else cursor)
-            self._ends = self._limits()[1] if until_end else None
+            found = find_partitions(self._consumer, self._kinds, config)
+            known = [] if cursor is None else [partition for partition in cursor if partition in found]
+            self.partitions = [*known, *(partition for partition in found if partition not in known)]
+            self._looked = clock()
+            self.cursor, self._past = self._start(Cursor() if cursor is None else cursor)
+            self._ends = self._limits(self.partitions)[1] if until_end else None
         except BaseException:
             self._consumer.close()
             raise
@@ -117,7 +132,7 @@ class KafkaSource:
         self._heard = [clock()] * len(places)
         self._stalled: set[int] = set()
         self._read: set[int] = set()  # partitions that the consumer is told to read
-        self._assign(range(len(places)))
+        self._assign([index for index in range(len(places)) if index not in self._past.indices()])
         self._packed_rows: list[dict[int, int]] = [{} for _ in places]
         self._ready: list[EventBlock] = []
         self._rows_a_message = 1.0
@@ -169,6 +184,8 @@ class KafkaSource:
         upto : int, optional
         """
         after = Cursor(cursor)
+        for partition in self.partitions[len(after) :]:
+            after[partition] = Place(0)
         owner = rows.partition[:upto]
         for index in np.unique(owner).tolist():
             last = int(np.flatnonzero(owner == index)[-1])
@@ -225,6 +242,7 @@ class KafkaSource:
 
     def close(self) -> None:
         """Leave the broker."""
+        self._past.close()
         for client in (self._consumer, self._committer, self._producer):
             if client is not None:
                 client.close()
@@ -240,8 +258,8 @@ class KafkaSource:
     ) -> None:
         self.close()
 
-    def _start(self, cursor: Cursor) -> Cursor:
-        first, end = self._limits()
+    def _start(self, cursor: Cursor) -> tuple[Cursor, PastRows]:
+        first, end = self._limits(self.partitions)
         # A partition that came later is read from its beginning, not from what is left of it.
         start = Cursor(
             {
@@ -249,18 +267,79 @@ class KafkaSource:
                 for index, partition in enumerate(self.partitions)
             }
         )
-        check_reach(cursor, start, first, end)
-        return start
+        gaps = find_gaps(start, first)
+        check_reach(cursor, start, end, () if self._backfill else gaps)
+        past = PastRows()
+        self._fill(past, gaps, start)
+        return start, past
 
-    def _limits(self) -> tuple[list[int], list[int]]:
+    def _fill(self, past: PastRows, gaps: Sequence[OffsetRange], start: Cursor) -> None:
+        if gaps and self._backfill is not None:
+            past.add(self._backfill.past(gaps), self.partitions, self._kinds, start)
+
+    def _limits(self, partitions: Sequence[TopicPartition]) -> tuple[list[int], list[int]]:
         """First offset and end of each partition, as the broker has them now."""
         lookups = (self._consumer.beginning_offsets, self._consumer.end_offsets)
-        first, end = (offsets(lookup, self.partitions, self._config) for lookup in lookups)
+        first, end = (offsets(lookup, partitions, self._config) for lookup in lookups)
         return first, end
+
+    def _look_for_partitions(self) -> None:
+        """Read partitions that topics got meanwhile, from their beginning."""
+        if self._ends is not None or not self._connection.up:
+            return
+        if self._clock() - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked = self._clock()
+        try:
+            found = find_partitions(self._consumer, self._kinds, self._config)
+            new = [partition for partition in found if partition not in self.partitions]
+            if not new:
+                return
+            first, _ = self._limits(new)
+        except (KafkaError, TransientError, SetupError) as error:
+            # Just made, it may have no leader yet; a topic that is gone for good is told by the reading.
+            log.warning("cannot look for new partitions now: %s", error)
+            return
+        self._read_new(new, first)
+
+    def _read_new(self, new: Sequence[TopicPartition], first: Sequence[int]) -> None:
+        start = Cursor(dict.fromkeys(new, Place(0)))
+        gaps = find_gaps(start, first)
+        check_reach(Cursor(), start, first, () if self._backfill else gaps)
+        idle_since = self._clock() - self._config.idle_timeout / 1000
+        for topic, partition in new:
+            log.info("%s-%d is new", topic, partition)
+            self.partitions.append((topic, partition))
+            self._merge.add_partition()
+            self._queues.append([])
+            self._position.append(0)
+            # One that is empty holds nothing back, not even for a moment.
+            self._heard.append(idle_since)
+            self._packed_rows.append({})
+        self._fill(self._past, gaps, start)
+        self._regulate()
+
+    def _take_past(self) -> bool:
+        """Queue rows of the lake for partitions of which few wait; whether there were such partitions."""
+        has_taken = False
+        for index in self._past.indices():
+            if self._merge.waiting[index] > _MOST_WAITING // 2:
+                continue
+            has_taken = True
+            keyed = self._past.next(index)
+            self._heard[index] = self._clock()
+            if keyed is None:
+                self._position[index] = self._past.finish(index)
+                self._regulate()
+            elif len(keyed.rows):
+                self._position[index] = int(keyed.rows.offset[-1]) + 1
+                self._add(keyed)
+        return has_taken
 
     def _ingest(self, timeout_s: float) -> None:
         """Fetch, decode and queue what has come."""
-        records = self._fetch(timeout_s)
+        self._look_for_partitions()
+        records = self._fetch(0.0 if self._take_past() else timeout_s)
         now = self._clock()
         polled: dict[str, list[PolledPartition]] = {}
         for partition, found in records.items():
@@ -298,14 +377,19 @@ class KafkaSource:
         rows = 0
         for keyed in decode_polled(self._kinds[topic], parts):
             rows += len(keyed.rows)
-            self._packed_rows[keyed.index] |= keyed.packed_rows
-            if len(keyed.rows):
-                self._queues[keyed.index].append(keyed.rows)
-                self._merge.push(keyed.index, keyed.arrival_time, keyed.rows.kind, keyed.hashes)
+            self._add(keyed)
         messages = sum(len(part.records) for part in parts)
         self._rows_a_message = max(rows / messages, 1.0)
 
+    def _add(self, keyed: Keyed) -> None:
+        self._packed_rows[keyed.index] |= keyed.packed_rows
+        if len(keyed.rows):
+            self._queues[keyed.index].append(keyed.rows)
+            self._merge.push(keyed.index, keyed.arrival_time, keyed.rows.kind, keyed.hashes)
+
     def _fetch(self, timeout_s: float) -> Mapping[Any, list[Any]]:
+        if not self._read:  # all is still in the lake
+            return {}
         # Packed messages hold many rows: fewer of them make a poll.
         most = max(int(_ROWS_A_POLL / self._rows_a_message), 16)
         try:
@@ -313,8 +397,10 @@ class KafkaSource:
                 timeout_ms=round(timeout_s * 1000), max_records=most
             )
         except OffsetOutOfRangeError as error:
-            reached = Cursor(zip(self.partitions, map(Place, self._position), strict=True))
-            check_reach(reached, reached, *self._limits())
+            read = sorted(self._read)
+            reached = Cursor({self.partitions[index]: Place(self._position[index]) for index in read})
+            first, end = self._limits(list(reached))
+            check_reach(reached, reached, end, find_gaps(reached, first))
             raise broker_error(self._config, error) from error
         except KafkaError as error:
             if not getattr(error, "retriable", False):
@@ -352,6 +438,7 @@ class KafkaSource:
             for index, rows in enumerate(waiting)
             if rows <= (_MOST_WAITING if index in self._read else _MOST_WAITING // 2)
             and not self._is_past_end(index)
+            and index not in self._past.indices()
         ]
         if wanted and set(wanted) != self._read:
             self._assign(wanted)

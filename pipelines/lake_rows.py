@@ -16,11 +16,14 @@ import orjson
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from pipelines.arrival_header import told_arrival
 from pipelines.codec import Decoded, decode_json, decode_messages, features_to_json, is_packed
 from pipelines.conform import conform
 from pipelines.errors import DataError
 from pipelines.event_file_reading import row_as_json
 from pipelines.events import IMPRESSION, KINDS, TOPICS, contract_schema
+from pipelines.hashing import hash_column
+from pipelines.merge import UNKNOWN_TIME
 from pipelines.validation import validate
 
 __all__ = [
@@ -38,7 +41,9 @@ ALL_KINDS = (*KINDS, DEAD_LETTER_KIND)
 
 # All kinds in one schema; what a kind does not have is null. `source`, `partition`, `offset` and `row` are
 # the position in the input (topic or file; row inside a packed message); `reason` and `payload` say what
-# was wrong with a dead letter, whose `arrival_time` is the message's timestamp.
+# was wrong with a dead letter, whose `arrival_time` is the message's timestamp. Any row from Kafka has the
+# message's timestamp as `received_at`. A dead letter from there also has `told_arrival`, the time in its
+# header, and `payload_hash`, the XXH64 of its bytes: its place in the order of events follows from these.
 LAKE_SCHEMA = pa.schema(
     [
         pa.field("kind", pa.string()),
@@ -57,6 +62,9 @@ LAKE_SCHEMA = pa.schema(
         pa.field("row", pa.int32()),
         pa.field("reason", pa.string()),
         pa.field("payload", pa.string()),
+        pa.field("received_at", pa.int64()),
+        pa.field("told_arrival", pa.int64()),
+        pa.field("payload_hash", pa.int64()),
     ]
 )
 
@@ -70,14 +78,31 @@ class _Origin:
     offset: NDArray[np.int64]
     row: NDArray[np.int32]
     received: NDArray[np.int64] | None = None
+    told: Sequence[int] | None = None
 
     def columns(self, rows: NDArray[np.int64]) -> dict[str, pa.Array]:
-        return {
+        received = {} if self.told is None else {"received_at": pa.array(self._received(rows), pa.int64())}
+        return received | {
             "source": pa.array([self.source] * len(rows), pa.string()),
             "partition": pa.array(self.partition[rows], pa.int32()),
             "offset": pa.array(self.offset[rows], pa.int64()),
             "row": pa.array(self.row[rows], pa.int32()),
         }
+
+    def place_of_dead(self, rows: NDArray[np.int64], payloads: Sequence[bytes | None]) -> dict[str, pa.Array]:
+        """Columns of dead letters alone: what their place in the order of a topic follows from."""
+        if self.received is None:
+            return {}
+        columns = {"arrival_time": pa.array(self._received(rows), pa.int64())}
+        if self.told is not None:
+            told = [None if self.told[row] == UNKNOWN_TIME else self.told[row] for row in rows.tolist()]
+            hashes = hash_column(pa.array([payload or b"" for payload in payloads], pa.binary()))
+            columns["told_arrival"] = pa.array(told, pa.int64())
+            columns["payload_hash"] = pa.array(hashes.view(np.int64), pa.int64())
+        return columns
+
+    def _received(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.zeros(0, np.int64) if self.received is None else self.received[rows]
 
 
 def kafka_rows(batches: Iterable[pa.RecordBatch], topics: Mapping[str, int]) -> Iterator[pa.RecordBatch]:
@@ -86,7 +111,8 @@ def kafka_rows(batches: Iterable[pa.RecordBatch], topics: Mapping[str, int]) -> 
     Parameters
     ----------
     batches : iterable of RecordBatch
-        ``topic, partition, offset, timestamp`` (ms) and ``value`` (binary).
+        ``topic, partition, offset, timestamp`` (ms), ``value`` (binary) and ``told`` (values of the header
+        that tells the time, a list of binary).
     topics : mapping of str to int
         Kind of event by topic.
     """
@@ -104,9 +130,15 @@ def kafka_rows(batches: Iterable[pa.RecordBatch], topics: Mapping[str, int]) -> 
                     part.column("offset").to_numpy()[messages.message],
                     messages.row_in_message,
                     part.column("timestamp").to_numpy()[messages.message],
+                    [told_arrival(values or ()) for values in _of_messages(part, "told", messages.message)],
                 )
                 raw = [payloads[message] for message in messages.message]
                 yield from _lake_rows(kind, messages.decoded, origin, raw)
+
+
+def _of_messages(batch: pa.RecordBatch, name: str, message: NDArray[np.int64]) -> list[Any]:
+    values = batch.column(name).to_pylist()
+    return [values[index] for index in message.tolist()]
 
 
 def text_rows(
@@ -237,8 +269,7 @@ def _lake_rows(
     columns["payload"] = pa.array(
         [None if text is None else text.decode(errors="replace") for text in texts], pa.string()
     )
-    if origin.received is not None:
-        columns["arrival_time"] = pa.array(origin.received[rows], pa.int64())
+    columns |= origin.place_of_dead(rows, texts)
     yield from _as_lake(DEAD_LETTER_KIND, len(rows), columns)
 
 

@@ -96,6 +96,11 @@ class PartitionMerge:
         self._waiting: list[list[_Keys]] = [[] for _ in clocks]
         self._clock = max(clocks, default=UNKNOWN_TIME)
 
+    def add_partition(self) -> None:
+        """One more partition, the last one, of which nothing has been read."""
+        self._last.append((UNKNOWN_TIME, -1, 0))
+        self._waiting.append([])
+
     @property
     def waiting(self) -> list[int]:
         """For each partition, the number of rows not let go yet."""

@@ -17,6 +17,7 @@ from kafka import TopicPartition
 from jobs.broker import Broker
 from jobs.cli import cli
 from jobs.produce import produce
+from pipelines.arrival_header import ARRIVAL_HEADER
 from pipelines.codec import decode_packed, is_packed
 from pipelines.config import Config
 from pipelines.errors import SetupError, TransientError
@@ -24,7 +25,6 @@ from pipelines.event_files import EventFiles
 from pipelines.events import DEAD_LETTER
 from pipelines.hashing import HASH_SEED
 from pipelines.kafka_client import make_consumer
-from pipelines.kafka_rows import ARRIVAL_HEADER
 from tests.kafka_logs import NOW, TOPICS, config_for, write_log
 
 

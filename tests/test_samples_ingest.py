@@ -122,7 +122,7 @@ def test_event_files_of_either_form_give_the_rows_of_kafka(
     report = ingest(spark, lake, Config(), events=write_log(tmp_path / "log", suffix))
     assert report.rows == {"impression": 9, "click": 6, "conversion": 4}
     assert report.dead_letters == (3 if suffix == ".jsonl" else 0)
-    position = {"source", "partition", "offset", "row"}
+    position = {"source", "partition", "offset", "row", "received_at"}
     expected = {row["event_id"]: row for row in rows_of(spark, from_kafka[0], "impression")}
     for number, row in enumerate(rows_of(spark, lake, "impression")):
         assert (row["source"], row["offset"]) == (f"impressions{suffix}", number)
