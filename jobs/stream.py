@@ -78,8 +78,8 @@ def command(
                 "digest": worker.digest,
                 "step": worker.loop.step_number,
                 "release": worker.release,
-                "breaker": worker.gate.mode,
-                "held_rows": worker.gate.held_rows,
+                "breaker": worker.breaker.mode,
+                "held_rows": worker.breaker.held_rows,
                 "pause_p99_ms": worker.pause_p99_ms(),
             }
         )

@@ -3,7 +3,7 @@
 A commit is a copy of what changed, taken at a batch boundary; a thread makes it durable and publishes it
 while the next steps are learned (`jobs.worker_commit`). One is in flight at a time, and what goes wrong in it
 ends the worker at the next boundary. What a step is held back for, and what becomes of it, says
-`jobs.breaker_gate`.
+`jobs.worker_breaker`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from jobs.audit_log import Tally
-from jobs.breaker_gate import BreakerGate
 from jobs.checkpoint import Checkpoint, CheckpointStore
 from jobs.commit_thread import CommitThread
 from jobs.learned_rows import LearnedRows
@@ -32,6 +31,7 @@ from jobs.prepared import PreparedBlock, StepEvents, prepare
 from jobs.produced_times import ProducedTimes
 from jobs.publishing import FirstReleases, load_first
 from jobs.steps import StepCutter
+from jobs.worker_breaker import WorkerBreaker
 from jobs.worker_commit import Commits, Cut, LoopCut
 from jobs.worker_metrics import WorkerMetrics
 from jobs.worker_tracking import WorkerTracking
@@ -98,7 +98,7 @@ class Worker:
         self.predictions = PredictionLog(state / "predictions")
         self.dead_letters = DeadLetterFile(state / "dead_letters.jsonl")
         self.tracking = WorkerTracking(config, state)
-        self.gate = BreakerGate(config.breaker, state, self.store.epoch)
+        self.breaker = WorkerBreaker(config.breaker, state, self.store.epoch)
         self.metrics = WorkerMetrics(config.stream, clock)
         self.commits = Commits(
             self.store,
@@ -145,7 +145,7 @@ class Worker:
     @property
     def version(self) -> int:
         """Number of the next checkpoint: it grows with each step that is learned or held."""
-        return self.loop.step_number + self.gate.moves
+        return self.loop.step_number + self.breaker.moves
 
     def stop(self) -> None:
         """Finish the step at hand, commit and return from `run`."""
@@ -196,9 +196,9 @@ class Worker:
         """Each step is: predict, record, learn, calibrate; then, when it is time, commit and publish."""
         last_row = self._clock()
         while not self._is_stopping:
-            self.gate.obey(self.loop)
+            self.breaker.obey(self.loop)
             self._learn_held()
-            if self.gate.is_full:
+            if self.breaker.is_full:
                 self._when_due()
                 time.sleep(_FULL_RETRY_S)
                 continue
@@ -216,7 +216,7 @@ class Worker:
             self._when_due()
 
     def _learn_held(self) -> None:
-        for events in self.gate.drain(self.loop, self._prepare, self.source.partitions):
+        for events in self.breaker.drain(self.loop, self._prepare, self.source.partitions):
             self._learn(events)
             if self._is_stopping:
                 return
@@ -260,7 +260,7 @@ class Worker:
     def _cut_loop(self) -> LoopCut:
         return LoopCut.take(
             self.loop,
-            self.gate.cut(self.source.partitions),
+            self.breaker.cut(self.source.partitions),
             self.first.student.digest(),
             self.cursor,
             version=self.version,
@@ -283,8 +283,8 @@ class Worker:
             return
         cut, self._untold, self._is_untold = self._untold, None, False
         if cut is not None:
-            self.gate.committed(cut.gate, self.store)
-        figures = {"messages": float(self.source.lag()), "held_rows": float(self.gate.held_rows)}
+            self.breaker.committed(cut.breaker, self.store)
+        figures = {"messages": float(self.source.lag()), "held_rows": float(self.breaker.held_rows)}
         self.tracking.committed(self.loop, figures)
 
     def _begin_loop(self) -> None:
@@ -310,7 +310,7 @@ class Worker:
             )
         self._begin_loop()
         load_loop_state(self.loop, checkpoint.arrays, plain)
-        self.gate.load_state(plain["breaker"], checkpoint.manifest["volatile"]["breaker"])
+        self.breaker.load_state(plain["breaker"], checkpoint.manifest["volatile"]["breaker"])
         self.commits.restore(checkpoint)
         log.info("restored step=%d checkpoint=%s", self.loop.step_number, checkpoint.path.name)
         self.commits.publish_what_a_crash_prevented(checkpoint)
@@ -331,8 +331,8 @@ class Worker:
         if not self.loop.tasks and events.clock >= self.first.warm_up_until:
             self._begin_loop()
             self._cut_step = self.loop.step_number
-        if self.loop.tasks and not self.gate.admits(events, self.loop):
-            self.gate.take(events, self.loop, self.source.partitions)
+        if self.loop.tasks and not self.breaker.admits(events, self.loop):
+            self.breaker.take(events, self.loop, self.source.partitions)
             self._letters += events.dead_letters
         else:
             self._learn(events)
@@ -356,8 +356,8 @@ class Worker:
             "step": self.loop.step_number,
             "rows_per_s": round(steps * self.config.student.batch_rows / seconds),
             "lag": self.source.lag(),
-            "breaker": self.gate.mode,
-            "held_rows": self.gate.held_rows,
+            "breaker": self.breaker.mode,
+            "held_rows": self.breaker.held_rows,
             "open_impressions": len(self.loop.joiner),
             "release": self.release,
             "pause_p99_ms": self.pause_p99_ms(),

@@ -29,7 +29,6 @@ from typing import Any
 import pyarrow as pa
 
 from jobs.audit_log import AuditLog, Tally
-from jobs.breaker_gate import GateCut
 from jobs.checkpoint import Checkpoint, CheckpointStore
 from jobs.online import OnlineLoop, Predicted
 from jobs.online_state import take_loop_changes
@@ -39,6 +38,7 @@ from jobs.publishing import FirstReleases, Learned, publish_student
 from jobs.release import garbage_collect, pointed
 from jobs.release_manifest import parse_name, release_name
 from jobs.release_pointer import CURRENT, read_pointer
+from jobs.worker_breaker import BreakerCut
 from jobs.worker_metrics import WorkerMetrics
 from pipelines.dead_letters import DeadLetterFile
 from pipelines.errors import TransientError
@@ -67,7 +67,7 @@ class LoopCut:
         What was predicted and learned since.
     produced : list of (int, int)
         When the events learned since reached the broker: `jobs.produced_times`.
-    gate : GateCut
+    breaker : BreakerCut
     """
 
     arrays: Mapping[str, Array]
@@ -78,17 +78,17 @@ class LoopCut:
     predicted: list[tuple[Predicted, str]]
     learned: list[pa.RecordBatch]
     produced: Produced
-    gate: GateCut
+    breaker: BreakerCut
 
     @classmethod
     def take(
-        cls, loop: OnlineLoop, gate: GateCut, first_release: str, cursor: Cursor, **since: Any
+        cls, loop: OnlineLoop, breaker: BreakerCut, first_release: str, cursor: Cursor, **since: Any
     ) -> LoopCut:
         """Of the loop as it is; ``since`` is what happened since the cut before."""
         arrays, tables, plain = take_loop_changes(loop)
         # All of it is compared: equal digests mean equal state at the same rows.
-        plain |= {"cursor": cursor.to_state(), "first_release": first_release, "breaker": gate.state}
-        return cls(arrays, tables, plain, gate=gate, **since)
+        plain |= {"cursor": cursor.to_state(), "first_release": first_release, "breaker": breaker.state}
+        return cls(arrays, tables, plain, breaker=breaker, **since)
 
     @property
     def has_learned(self) -> bool:
@@ -222,7 +222,7 @@ class Commits:
 
     def _commit_loop(self, cut: LoopCut, tally: Tally) -> None:
         epoch = self._store.epoch
-        held = cut.gate.write(self._store.root / "hold")
+        held = cut.breaker.write(self._store.root / "hold")
         segment = self._predictions.write_segment(cut.predicted, cut.after_step, tally.step, epoch)
         if segment is not None:
             self.segments.append(segment)

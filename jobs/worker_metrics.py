@@ -237,15 +237,15 @@ def _quality(worker: Worker) -> Iterator[Metric]:
 
 
 def _breaker(worker: Worker) -> Iterator[Metric]:
-    gate = worker.gate
-    yield _gauge("breaker_open", "1 while rows are held and not learned", gate.mode != "learning")
-    yield CounterMetricFamily("ctrstream_breaker_trips", "How often it has opened", value=gate.trips)
-    yield _gauge("hold_rows", "Rows that wait on disk", gate.held_rows)
-    yield _gauge("hold_capacity_rows", "Rows that may wait on disk", gate.config.hold_rows)
+    breaker = worker.breaker
+    yield _gauge("breaker_open", "1 while rows are held and not learned", breaker.mode != "learning")
+    yield CounterMetricFamily("ctrstream_breaker_trips", "How often it has opened", value=breaker.trips)
+    yield _gauge("hold_rows", "Rows that wait on disk", breaker.held_rows)
+    yield _gauge("hold_capacity_rows", "Rows that may wait on disk", breaker.config.hold_rows)
     figures = GaugeMetricFamily(
         "ctrstream_breaker_figure", "What the breaker judges, of the trailing window", labels=["figure"]
     )
-    for name, value in gate.breaker.figures().items():
+    for name, value in breaker.bounds.figures().items():
         if value is not None:
             figures.add_metric([name], value)
     yield figures

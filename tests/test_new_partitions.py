@@ -50,7 +50,8 @@ def grow(config: Config, counts: dict[str, int]) -> None:
 
 
 def poll_until(source: KafkaSource, done: Any, limit_s: float = 20.0) -> list[Any]:
-    blocks, until = [], time.monotonic() + limit_s
+    blocks: list[Any] = []
+    until = time.monotonic() + limit_s
     while not done(blocks):
         assert time.monotonic() < until
         block = source.poll(timeout_s=0.05)
@@ -172,7 +173,7 @@ def test_a_worker_whose_topics_grow_accounts_for_every_row_and_goes_on(
             worker.stop()
         return poll(max_rows, timeout_s)
 
-    worker.source.poll = polled  # type: ignore[method-assign]
+    worker.source.poll = polled  # type: ignore[method-assign,assignment]
     digest = finished(worker)
     state = committed(tmp_path)
     assert grown

@@ -25,7 +25,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs import worker as worker_module
 from jobs.audit import audit_event, audit_rows
 from jobs.audit_log import read_lines
-from jobs.breaker_gate import GateCut
 from jobs.breaker_request import write_request
 from jobs.broker import Broker
 from jobs.checkpoint import CheckpointStore, state_digest
@@ -36,6 +35,7 @@ from jobs.produce import produce
 from jobs.release import list_releases
 from jobs.state_head import head_state
 from jobs.worker import Worker
+from jobs.worker_breaker import BreakerCut
 from monitoring.accounting import Accounting
 from pipelines.config import Config
 from pipelines.config_sections import BreakerConfig
@@ -152,16 +152,16 @@ def test_a_silent_topic_trips_and_resuming_ends_where_no_breaker_would_have(
     run_cli("breaker", "resume", "--state", str(state))
     assert "resume, not carried out yet" in run_cli("breaker", "status", "--state", str(state))
     again = incident.worker(tmp_path)
-    committed, looks = again.gate.committed, []
+    committed, looks = again.breaker.committed, []
 
-    def look(cut: GateCut, store: CheckpointStore) -> None:
+    def look(cut: BreakerCut, store: CheckpointStore) -> None:
         committed(cut, store)
         kept = [store.manifest(name)["volatile"]["breaker"]["segments"] for name in store.names()]
         needed = {segment["name"] for segments in kept for segment in segments}
         looks.append(len(needed))
         assert {path.name for path in (state / "hold").iterdir()} == needed
 
-    monkeypatch.setattr(again.gate, "committed", look)
+    monkeypatch.setattr(again.breaker, "committed", look)
     again.run()
     # What a checkpoint names is there as long as the checkpoint is, and no longer.
     assert looks[0] > 1
@@ -208,21 +208,24 @@ def test_other_partitions_and_packed_messages_trip_at_the_same_step(
     worker = incident.worker(tmp_path, config=config)
     worker.run()
     plain, _ = head_state(tripped / "state")
-    assert (worker.loop.step_number, worker.gate.last_trip) == (plain["step"], plain["breaker"]["last_trip"])
-    assert worker.gate.breaker.state() == plain["breaker"]["window"]
+    assert (worker.loop.step_number, worker.breaker.last_trip) == (
+        plain["step"],
+        plain["breaker"]["last_trip"],
+    )
+    assert worker.breaker.bounds.state() == plain["breaker"]["window"]
 
 
 def killed_at(worker: Worker, patch: pytest.MonkeyPatch, moment: str, after: int) -> None:
     owner, name, before = {
-        "before a step is held": (worker.gate, "take", True),
-        "after a step is held": (worker.gate, "take", False),
+        "before a step is held": (worker.breaker, "take", True),
+        "after a step is held": (worker.breaker, "take", False),
         "before held rows are written": (HeldSegment, "write", True),
         "after held rows are written": (HeldSegment, "write", False),
         "before the ledger is written": (worker.commits.audit, "append", True),
         "after the ledger is written": (worker.commits.audit, "append", False),
         "before the head moves": (worker.store, "_move_head", True),
         "after the head has moved": (worker.store, "_move_head", False),
-        "before held rows are removed": (worker.gate.hold, "keep_only", True),
+        "before held rows are removed": (worker.breaker.hold, "keep_only", True),
         "in a step": (worker.loop, "step", True),
     }[moment]
     original, calls = getattr(owner, name), itertools.count()
@@ -252,7 +255,7 @@ def disturbed(
             try:
                 worker.run()
             except Killed:
-                kills.append((moment, after, worker.loop.step_number, worker.gate.held_rows))
+                kills.append((moment, after, worker.loop.step_number, worker.breaker.held_rows))
             finally:
                 crash(worker)
     incident.worker(folder).run()
@@ -386,7 +389,7 @@ def test_a_full_hold_waits_and_says_so(
     waited = []
 
     def operator(seconds: float) -> None:
-        waited.append((worker.gate.held_rows, worker.cursor.to_state()))
+        waited.append((worker.breaker.held_rows, worker.cursor.to_state()))
         if len(waited) % 3 == 0:
             write_request(tmp_path / "state", "discard")
 
@@ -526,7 +529,7 @@ def test_metrics_say_what_the_worker_knows_and_the_documents_list_them(
     (page,) = pages
     assert page.value("ctrstream_breaker_open") == 1
     assert page.value("ctrstream_lag_alarm") == page.value("ctrstream_stalled") == 0
-    assert 0 < page.value("ctrstream_hold_rows") <= worker.gate.held_rows
+    assert 0 < page.value("ctrstream_hold_rows") <= worker.breaker.held_rows
     assert 0 < page.value("ctrstream_committed_step") <= worker.loop.step_number
     assert page.value("ctrstream_rows_unaccounted", kind="click") == 0
     classes = [one for one in page["ctrstream_rows"].samples if one.labels["kind"] == "impression"]

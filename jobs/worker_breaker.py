@@ -1,4 +1,4 @@
-"""The gate between what is read and what is learned: open steps go through, others wait in the hold.
+"""What stands between what is read and what is learned: good steps go through, others wait in the hold.
 
 Three modes::
 
@@ -9,7 +9,7 @@ Held rows count as read and as pending, dead letters among them as dead letters.
 cut, so a worker that has resumed is, when the hold is empty, where it would be had it never stopped. While it
 drains nothing is judged; then the window begins anew.
 
-All of it belongs to the learning thread. A commit is given a `GateCut`, which never changes.
+All of it belongs to the learning thread. A commit is given a `BreakerCut`, which never changes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pipelines.config_sections import BreakerConfig
 from pipelines.events import KINDS, EventBlock
 from pipelines.joiner import Joiner
 
-__all__ = ["BreakerGate", "GateCut", "Mode"]
+__all__ = ["BreakerCut", "Mode", "WorkerBreaker"]
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +41,8 @@ Partitions = Sequence[tuple[str, int]]
 
 
 @dataclass(frozen=True)
-class GateCut:
-    """The gate at a batch boundary.
+class BreakerCut:
+    """The breaker at a batch boundary.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class GateCut:
         }
 
 
-class BreakerGate:
+class WorkerBreaker:
     """Circuit breaker and hold of one worker.
 
     Parameters
@@ -95,7 +95,7 @@ class BreakerGate:
 
     def __init__(self, config: BreakerConfig, state: Path, epoch: int) -> None:
         self.config, self._state_folder, self._epoch = config, state, epoch
-        self.breaker = Breaker(config)
+        self.bounds = Breaker(config)
         self.hold = Hold(state / "hold")
         self.mode: Mode = "learning"
         self.moves = self.trips = 0
@@ -128,7 +128,7 @@ class BreakerGate:
             return False
         if not self.config.enabled:
             return True
-        trip = self.breaker.observe(self._arrived(events, loop.joiner), events.clock)
+        trip = self.bounds.observe(self._arrived(events, loop.joiner), events.clock)
         if trip is None:
             return True
         self.mode = "holding"
@@ -155,10 +155,10 @@ class BreakerGate:
             self._seal(partitions)
             self.hold.segments[-1].write(self.hold.folder)
 
-    def cut(self, partitions: Partitions) -> GateCut:
-        """The gate as it is, for a commit."""
+    def cut(self, partitions: Partitions) -> BreakerCut:
+        """As it is, for a commit."""
         self._seal(partitions)
-        return GateCut(self.state(), tuple(self.hold.segments), self._drained, self._request)
+        return BreakerCut(self.state(), tuple(self.hold.segments), self._drained, self._request)
 
     def obey(self, loop: OnlineLoop) -> None:
         """Carry out what `ctrstream breaker` has asked for since the last look."""
@@ -194,7 +194,7 @@ class BreakerGate:
         if self.mode == "draining":
             self._go_on()
 
-    def committed(self, cut: GateCut, store: CheckpointStore) -> None:
+    def committed(self, cut: BreakerCut, store: CheckpointStore) -> None:
         """After the commit of a cut, and while none is in flight: clear what it has settled.
 
         That is the request that it holds the outcome of, and held rows that no checkpoint needs any more.
@@ -216,16 +216,16 @@ class BreakerGate:
             "ranges": {name: list(ends) for name, ends in self._ranges.items()},
             "last_trip": self.last_trip,
             "discarded": list(self.discarded),
-            "window": self.breaker.state(),
+            "window": self.bounds.state(),
         }
 
     def load_state(self, state: Mapping[str, Any], volatile: Mapping[str, Any]) -> None:
-        """Continue from a `state` and what `GateCut.write` told with it."""
+        """Continue from a `state` and what `BreakerCut.write` told with it."""
         self.mode, self.moves, self.trips = state["mode"], state["moves"], state["trips"]
         self._rows, self._dead = dict(state["rows"]), dict(state["dead"])
         self._ranges = {name: list(ends) for name, ends in state["ranges"].items()}
         self.last_trip, self.discarded = state["last_trip"], list(state["discarded"])
-        self.breaker.load_state(state["window"])
+        self.bounds.load_state(state["window"])
         self.hold.load_state(volatile["segments"])
         self._drained, self._request = volatile["drained"], volatile["request"]
         if self.mode != "learning":
@@ -299,7 +299,7 @@ class BreakerGate:
         """Learn again, with nothing held and a window that begins anew."""
         self.mode, self._drained, self._ranges = "learning", 0, {}
         self._rows, self._dead = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
-        self.breaker.restart(keep_baseline=keep_baseline)
+        self.bounds.restart(keep_baseline=keep_baseline)
 
 
 def _dead_letters(events: StepEvents) -> list[int]:
