@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,7 @@ from jobs.online import OnlineLoop
 from jobs.online_state import load_loop_state
 from jobs.predictions import PredictionLog
 from jobs.prepared import PreparedBlock, StepEvents, prepare
-from jobs.publishing import FirstReleases, Learned, load_first
-from jobs.release import pointed
-from jobs.release_manifest import parse_name
-from jobs.release_pointer import CURRENT, read_pointer
+from jobs.publishing import FirstReleases, load_first
 from jobs.steps import StepCutter
 from jobs.worker_commit import FRESHNESS_RESOLUTION_MS, Commits, Cut, LoopCut
 from jobs.worker_tracking import WorkerTracking
@@ -94,6 +91,7 @@ class Worker:
             releases,
             self.first,
             self.loop,
+            self.tracking,
             keep_releases=config.stream.keep_releases,
             clock=clock,
         )
@@ -114,7 +112,7 @@ class Worker:
 
     @property
     def release(self) -> str:
-        """Name of the newest release."""
+        """Name of the release that serves."""
         return self.commits.release
 
     @property
@@ -197,6 +195,7 @@ class Worker:
                 self._cut_step,
                 self.predictions.take(),
                 sorted(self._produced.items()),
+                self.commits.evidence.take(),
                 # The cursor is part of what is compared: equal digests mean equal state at the same rows.
                 cursor=self.cursor.to_state(),
                 first_release=self.first.student.digest(),
@@ -233,20 +232,10 @@ class Worker:
             self.first.delay,
         )
         load_loop_state(self.loop, checkpoint.arrays, plain)
-        self.commits.segments = list(checkpoint.manifest["outputs"])
-        self.predictions.keep_only(self.commits.segments)
-        self.commits.digest = checkpoint.manifest["digest"]
-        self.commits.release = pointed(self.releases, CURRENT) or self.release
+        self.predictions.keep_only(list(checkpoint.manifest["outputs"]))
         log.info("restored step=%d checkpoint=%s", self.loop.step_number, checkpoint.path.name)
-        self._publish_what_a_crash_prevented(checkpoint.manifest)
+        self.commits.resume(checkpoint)
         return cursor
-
-    def _publish_what_a_crash_prevented(self, manifest: Mapping[str, Any]) -> None:
-        pointer = read_pointer(self.releases, CURRENT)
-        committed = (manifest["epoch"], manifest["step"])
-        if pointer is None or (not pointer.rollback and parse_name(pointer.name)[:2] < committed):
-            produced = [(bucket, count) for bucket, count in manifest["volatile"]["produced_at"]]
-            self.commits.publish(Learned.now(self.loop), manifest["epoch"], produced)
 
     def _prepare(self, block: EventBlock) -> PreparedBlock:
         return prepare(block, self.first.student.spec, self.first.student.segments, self._frozen, self._kinds)
@@ -262,6 +251,7 @@ class Worker:
             )
             self._cut_step = self.loop.step_number
         result = self.loop.step(events)
+        self.commits.evidence.add(result.joined, self.loop)
         self.predictions.add(result.predicted, self.loop.tasks, self.release)
         self._letters += events.dead_letters
         self._letters += [self._negative_delay(found) for found in result.negative_delays]

@@ -27,6 +27,7 @@ from pipelines.config_sections import (
     KafkaConfig,
     LabelsConfig,
     Policy,
+    PublishConfig,
     ReplayConfig,
     SamplesConfig,
     Section,
@@ -66,6 +67,7 @@ class Config(Section):
     backtest: BacktestConfig = BacktestConfig()
     kafka: KafkaConfig = KafkaConfig()
     stream: StreamConfig = StreamConfig()
+    publish: PublishConfig = PublishConfig()
     serve: ServeConfig = ServeConfig()
     tracking: TrackingConfig = TrackingConfig()
 
