@@ -296,7 +296,7 @@ class PublishConfig(Section):
     worse_by: float = Field(default=0.01, ge=0)
     z: float = Field(default=4.0, gt=0)
     pcoc: tuple[float, float] = (0.8, 1.25)
-    weight_growth: float = Field(default=4.0, gt=1)
+    weight_growth: float = Field(default=10.0, gt=1)
     sample_rows: int = Field(default=4096, ge=1)
 
     @model_validator(mode="after")
