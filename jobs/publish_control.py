@@ -6,7 +6,9 @@ At each commit, in this order:
 2. The commit is made; it carries the evidence as it is now.
 3. The rounds are looked at. If one was passed by rows that all came after the release on trial was cut,
    ``last_good`` moves to that release.
-4. If one was refused, ``CURRENT`` goes back to ``last_good``.
+4. If one was refused by rows that came after ``last_good`` was cut, ``CURRENT`` goes back to it. Labels that
+   take longer than a release takes to prove itself speak of a model from before ``last_good``: they stop
+   what would be published, but say nothing for going back.
 5. If the schedule says so, the commit is a candidate: refused, for what the evidence or its own weights say,
    or published. The first release published after a proof, or a refusal, is the next on trial.
 
@@ -101,7 +103,7 @@ class PublishControl:
             if len(rows) and task in against.models:
                 sums = PairedSums()
                 sums.update(rows.label, rows.probability, _scored(against, task, rows))
-                self.gate.add(task, sums, int(rows.event_time.min()))
+                self.gate.add(task, sums, int(rows.event_time.min()), int(rows.event_time.max()))
 
     def state(self) -> dict[str, Any]:
         """JSON data for the commit: no part of what is learned."""
@@ -180,7 +182,9 @@ class PublishControl:
         looks = self.gate.look()
         proven = self._prove(looks)
         refused = [look for look in looks.values() if look.outcome == "refused"]
-        returned = self._go_back() if any(look.is_last_good_better for look in refused) else None
+        good_until = self._last_good()[1]
+        speaks_for_it = [look for look in refused if look.is_last_good_better and look.until > good_until]
+        returned = self._go_back() if speaks_for_it else None
         if refused:
             self._trial = None
         for task, look in looks.items():

@@ -37,8 +37,8 @@ class Round:
         The release that the live model is compared with.
     after : int
         Event time of the newest event that it has learned, ms: rows up to then prove nothing.
-    since : int
-        Event time of the oldest row; -1 of none.
+    since, until : int
+        Event times of the oldest and the newest row; -1 of none.
     sums : PairedSums
         First the live model, then ``against``.
     standing : str
@@ -47,6 +47,7 @@ class Round:
     against: str
     after: int
     since: int = -1
+    until: int = -1
     sums: PairedSums = field(default_factory=PairedSums)
     standing: Standing = "unproven"
 
@@ -63,8 +64,8 @@ class Look:
         Of the task, after it.
     reasons : tuple of str
         Why it was refused.
-    since : int
-        Event time of the round's oldest row.
+    since, until : int
+        Event times of the round's oldest and newest row.
     is_last_good_better : bool
         Whether the refused model had better give way to the one that it was compared with.
     figures : dict
@@ -74,6 +75,7 @@ class Look:
     standing: Standing
     reasons: tuple[str, ...]
     since: int
+    until: int
     is_last_good_better: bool
     figures: dict[str, Any]
 
@@ -99,11 +101,12 @@ class PublishGate:
         """The round of a task; one against the given release if there is none yet."""
         return self.rounds.setdefault(task, Round(against, after))
 
-    def add(self, task: Task, sums: PairedSums, since: int) -> None:
-        """Add rows to the round of a task; ``since`` is the event time of the oldest of them, ms."""
+    def add(self, task: Task, sums: PairedSums, since: int, until: int) -> None:
+        """Add rows to the round of a task; the times are those of the oldest and the newest, ms."""
         found = self.rounds[task]
         found.sums = found.sums.merge(sums)
         found.since = since if found.since < 0 else min(found.since, since)
+        found.until = max(found.until, until)
 
     def look(self) -> dict[Task, Look]:
         """Judge each round as far as it has come; one that has ended is emptied."""
@@ -112,7 +115,7 @@ class PublishGate:
             look = looks[task] = self._judge(found)
             found.standing = look.standing
             if look.outcome != "open":
-                found.sums, found.since = PairedSums(), -1
+                found.sums, found.since, found.until = PairedSums(), -1, -1
         return looks
 
     def standing(self) -> dict[Task, Standing]:
@@ -150,12 +153,13 @@ class PublishGate:
             "share": round(share, 4),
             "against": found.against,
         }
+        rows = (found.since, found.until)
         if reasons:
             is_better = is_worse or _off(sums.second_expected, sums) < _off(sums.first_expected, sums)
-            return Look("refused", "bad", tuple(reasons), found.since, is_better, figures)
+            return Look("refused", "bad", tuple(reasons), *rows, is_better, figures)
         if share >= 1.0:
-            return Look("passed", "good", (), found.since, False, figures)
-        return Look("open", found.standing, (), found.since, False, figures)
+            return Look("passed", "good", (), *rows, False, figures)
+        return Look("open", found.standing, (), *rows, False, figures)
 
     def _share(self, sums: PairedSums, positives: float) -> float:
         return min(sums.rows / self.config.support_rows, positives / self.config.support_positives, 1.0)

@@ -18,6 +18,7 @@ from jobs.release import Release, garbage_collect, list_releases, point
 from jobs.release_manifest import Manifest, parse_name
 from jobs.release_pointer import Pointer, read_pointer
 from jobs.release_watch import ReleaseWatch
+from monitoring.paired import PairedSums
 from pipelines.errors import StaleStateError
 from tests.publish_line import PublishLine
 from tests.small_run import SmallRun
@@ -31,7 +32,7 @@ def flipped_labels(line: PublishLine, first: int, last: int) -> Callable[[int], 
 
     def columns(task: Any, examples: Any) -> Any:
         found = truth(task, examples)
-        if first <= at[0] < last:
+        if task == "click" and first <= at[0] < last:
             found["label"] = 1 - found["label"]
         return found
 
@@ -131,6 +132,24 @@ def test_a_learning_rate_that_blows_up_is_refused_by_the_weights_alone(
     assert last.verdict == "refused"
     assert "has grown" in last.reasons[-1]
     assert line.pointed("CURRENT") == line.pointed("last_good") == last.returned_to
+
+
+def test_late_labels_stop_publishing_but_do_not_bring_back_what_was_proven_since(
+    small_run: SmallRun, tmp_path: Path
+) -> None:
+    line = PublishLine(small_run, tmp_path / "releases")
+    line.through(steps(small_run, 32))
+    good, current = line.pointed("last_good"), line.pointed("CURRENT")
+    assert FIRST != good != current
+    cut_at = Manifest.read(line.releases / good).last_event_time
+    bad = PairedSums(rows=900, positives=100, first_expected=900.0, second_expected=100.0)
+    for until, expected in ((cut_at, current), (cut_at + 1, good)):
+        line.control.gate.round("conversion", FIRST, 0)
+        line.control.gate.add("conversion", bad, 1, until)
+        line.loop.step_number += 1
+        assert line.commit().verdict == "refused"
+        assert line.pointed("CURRENT") == expected
+    assert line.pointed("last_good") == good
 
 
 # Candidates that are broken in themselves -----------------------------------------------------------------

@@ -41,7 +41,7 @@ def gate_with(config: PublishConfig = CONFIG) -> PublishGate:
 
 
 def feed(gate: PublishGate, sums: PairedSums, since: int = 1) -> Look:
-    gate.add("click", sums, since)
+    gate.add("click", sums, since, since + 10)
     return gate.look()["click"]
 
 
@@ -50,7 +50,7 @@ def test_a_round_that_is_full_and_sound_is_passed_and_the_next_begins_empty() ->
     assert feed(gate, batch(rng, 1500), since=7).outcome == "open"
     assert gate.standing() == {"click": "unproven"}
     look = feed(gate, batch(rng, 1500), since=5)
-    assert (look.outcome, look.standing, look.since) == ("passed", "good", 5)
+    assert (look.outcome, look.standing, look.since, look.until) == ("passed", "good", 5, 17)
     assert gate.rounds["click"].sums.rows == 0
     assert gate.rounds["click"].since == -1
     assert gate.objections() == []
