@@ -18,7 +18,8 @@ _KEEP = 1000
 def append_decision(root: Path, decision: Mapping[str, Any]) -> None:
     """Add one decision; the file is for people, so it is not forced to disk."""
     path = root / DECISIONS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    lines = text.splitlines()
     line = json.dumps(decision, sort_keys=True)
     if lines and lines[-1] == line:
         return
@@ -28,7 +29,8 @@ def append_decision(root: Path, decision: Mapping[str, Any]) -> None:
         os.replace(temporary, path)
         return
     with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
+        # A killed writer may have left half a line.
+        file.write("\n" * (text[-1:] not in ("", "\n")) + line + "\n")
 
 
 def read_decisions(root: Path) -> list[dict[str, Any]]:

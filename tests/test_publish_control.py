@@ -262,25 +262,23 @@ def test_a_kill_at_any_moment_of_a_decision_ends_where_it_would_have(
     small_run: SmallRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Killed at every commit: before a pointer is moved, before and after what was published is told."""
-    from jobs import publish_control
-
     undisturbed = PublishLine(small_run, tmp_path / "one")
     undisturbed.through(steps(small_run, 40), flipped_labels(undisturbed, 24, 32))
     line = PublishLine(small_run, tmp_path / "other")
-    original, kills = publish_control.point, [0]
+    kills = [0]
 
     def killed_point(root: Path, alias: str, *given: Any, **named: Any) -> bool:
         if alias == moment:
             kills[0] += 1
             raise Killed
-        return original(root, alias, *given, **named)
+        return point(root, alias, *given, **named)
 
     def commit() -> Decision:
         cut = loop_state(line.loop)
         line.control.observe(line.sample.take())
         state = line.control.state()
         with monkeypatch.context() as patch:
-            patch.setattr(publish_control, "point", killed_point)
+            patch.setattr("jobs.publish_control.point", killed_point)
             try:
                 decision = line.control.decide(*cut, 1)
                 if moment == "concluded" and decision.verdict == "published":
