@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.audit_log import CommitLine, learned_rows, read_lines
+from jobs.audit_published import first_published, published_releases
 from jobs.hold import HeldSegment, Hold
 from jobs.predictions import PREDICTION_SCHEMA
 from jobs.state_head import head_state
@@ -72,7 +73,7 @@ def audit_rows(state: Path, start: Limits | None = None, stop: Limits | None = N
         "is_whole": bool(chosen) and chosen[0] is lines[0],
         "steps": [chosen[0].steps[0], chosen[-1].steps[1]] if chosen else None,
         "epochs": sorted({line.epoch for line in chosen}),
-        "releases": [line.release for line in chosen if line.release is not None],
+        "releases": _releases(chosen, published_releases(state / "audit")),
         "offsets": _offsets(chosen),
         "read": read,
         "classes": classes,
@@ -94,7 +95,7 @@ def audit_event(state: Path, event: str) -> dict[str, Any]:
     -------
     dict
         ``predicted``: by task, with the release that was the newest then; ``learned``: by task, with step,
-        label, and the first release that is cut from a state that has learned it; ``as_outcome``: the same
+        label, and the first release published since, None if there is none yet; ``as_outcome``: the same
         for rows that an outcome with this id made positive; ``dead_letters``: positions of letters whose
         payload has the id in it; ``held``: whether it waits in the hold.
     """
@@ -102,15 +103,16 @@ def audit_event(state: Path, event: str) -> dict[str, Any]:
     lines = read_lines(state / "audit", volatile["audit"])
     low, high = hash_ids([event])[0].tolist()
     outcome = hash_text(event)
+    published = published_releases(state / "audit")
     learned: list[dict[str, Any]] = []
     as_outcome: list[dict[str, Any]] = []
     for line, table in learned_rows(state / "audit", lines):
         own = pc.and_(
             pc.equal(table["key_low"], _unsigned(low)), pc.equal(table["key_high"], _unsigned(high))
         )
-        learned += [_learned(row, line) for row in table.filter(own).to_pylist()]
+        learned += [_learned(row, line, published) for row in table.filter(own).to_pylist()]
         as_outcome += [
-            _learned(row, line)
+            _learned(row, line, published)
             for row in table.filter(pc.equal(table["outcome"], _unsigned(outcome))).to_pylist()
         ]
     return {
@@ -157,14 +159,20 @@ def _offsets(lines: Sequence[CommitLine]) -> dict[str, list[int]]:
     }
 
 
-def _learned(row: Mapping[str, Any], line: CommitLine) -> dict[str, Any]:
+def _releases(lines: Sequence[CommitLine], published: Sequence[str]) -> list[str]:
+    """The releases that hold what commits have learned, each once, in order."""
+    names = [first_published(line.candidate, published) for line in lines]
+    return list(dict.fromkeys(name for name in names if name is not None))
+
+
+def _learned(row: Mapping[str, Any], line: CommitLine, published: Sequence[str]) -> dict[str, Any]:
     return {
         "task": TASKS[row["task"]],
         "row": _SAID[row["said"]],
         "label": round(float(row["label"]), 6),
         "step": row["step"],
         "epoch": line.epoch,
-        "release": line.release,
+        "release": first_published(line.candidate, published),
     }
 
 

@@ -115,7 +115,7 @@ def _event_lines(found: dict[str, Any]) -> list[str]:
         label = "learned" if name == "learned" else "outcome of"
         lines += [
             f"{label}\t{one['task']}\t{one['row']} row, label {one['label']:g}\tstep {one['step']}\t"
-            f"release {one['release']}"
+            f"{'not published yet' if one['release'] is None else 'release ' + one['release']}"
             for one in found[name]
         ]
     if found["predicted"] and not found["learned"]:

@@ -45,8 +45,8 @@ class CommitLine:
         Steps learned since the commit before: first, and last + 1.
     clock : int
         Arrival time of the last event, ms.
-    release : str or None
-        The release that is cut from this commit; None if nothing was learned.
+    candidate : str or None
+        Name that a release of this commit has, if it is published; None if nothing was learned.
     before, after : list
         Cursors, as `pipelines.cursor.Cursor.to_state` gives them.
     read : dict
@@ -63,7 +63,7 @@ class CommitLine:
     epoch: int
     steps: tuple[int, int]
     clock: int
-    release: str | None
+    candidate: str | None
     before: list[list[Any]]
     after: list[list[Any]]
     read: dict[str, int]
@@ -158,7 +158,7 @@ class AuditLog:
         *,
         version: int,
         epoch: int,
-        release: str | None,
+        candidate: str | None,
     ) -> dict[str, Any]:
         """Add the line of a commit and sync it; returns what the checkpoint is to name.
 
@@ -172,7 +172,7 @@ class AuditLog:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file_name = self._write_learned(learned, version, epoch)
-            line = self._line(tally, version, epoch, release, file_name)
+            line = self._line(tally, version, epoch, candidate, file_name)
             text = json.dumps(vars(line), sort_keys=True).encode()
             with (self.folder / name).open("ab") as file:
                 # Behind the last line that counts there is nothing that does.
@@ -191,7 +191,7 @@ class AuditLog:
         return {"files": files, "last": self._end.last}
 
     def _line(
-        self, tally: Tally, version: int, epoch: int, release: str | None, learned: str | None
+        self, tally: Tally, version: int, epoch: int, candidate: str | None, learned: str | None
     ) -> CommitLine:
         last = self._last
         changes = {
@@ -203,7 +203,7 @@ class AuditLog:
             epoch=epoch,
             steps=(last.step, tally.step),
             clock=tally.clock,
-            release=release,
+            candidate=candidate,
             before=last.cursor,
             after=tally.cursor,
             read={kind: rows - last.read[kind] for kind, rows in tally.read.items()},

@@ -121,7 +121,7 @@ def write_first(
     late_share: Mapping[Task, float],
     delay: Mapping[Task, DelayCurve] | None = None,
 ) -> FirstReleases:
-    """Write the teacher's and the first student's release and point ``teacher`` and ``CURRENT`` at them."""
+    """Write the teacher's and the first student's release, and point ``teacher`` and the others at them."""
     common: dict[str, Any] = {
         "spec": spec,
         "config_toml": dump_config(config),
@@ -152,7 +152,8 @@ def write_first(
         **common,
     )
     point(root, "teacher", teacher.name, rollback=True)
-    point(root, "CURRENT", student.name, rollback=True)
+    for alias in ("CURRENT", "last_good"):
+        point(root, alias, student.name, rollback=True)
     return FirstReleases(Release.load(teacher), Release.load(student))
 
 

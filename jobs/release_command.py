@@ -45,6 +45,7 @@ def _rows(root: Path) -> list[dict[str, Any]]:
                 "learned_events": manifest.learned_events,
                 "last_event_time": manifest.last_event_time,
                 "digest": manifest.digest,
+                "gate": manifest.extra.get("gate"),
             }
         )
     return rows
@@ -63,12 +64,37 @@ def list_command(root: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows, indent=2))
         return
-    click.echo(f"{'RELEASE':<26} {'LEARNED UP TO':<21} {'EVENTS':>12}  {'DIGEST':<12}  POINTED TO BY")
+    click.echo(
+        f"{'RELEASE':<26} {'LEARNED UP TO':<21} {'EVENTS':>12}  {'DIGEST':<12}  {'GATE':<24}  POINTED TO BY"
+    )
     for row in rows:
         click.echo(
             f"{row['release']:<26} {_utc(row['last_event_time']):<21} {row['learned_events']:>12,}  "
-            f"{row['digest'][:12]}  {' '.join(row['aliases'])}".rstrip()
+            f"{row['digest'][:12]}  {_standing(row['gate']):<24}  {' '.join(row['aliases'])}".rstrip()
         )
+
+
+def _standing(gate: dict[str, Any] | None) -> str:
+    tasks = gate["standing"].items() if gate is not None else ()
+    return " ".join(f"{task}={standing}" for task, standing in tasks) or "-"
+
+
+@command.command()
+@releases_option
+@click.option("--json", "as_json", is_flag=True, help="Print JSON with all figures instead of lines.")
+def decisions(root: Path, as_json: bool) -> None:
+    """Show what the gate has refused, proven and taken back, oldest first."""
+    from jobs.decision_log import read_decisions
+
+    found = read_decisions(root)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    for one in found:
+        moves = [f"last_good to {one['proven']}"] if "proven" in one else []
+        moves += [f"CURRENT back to {one['returned_to']}"] if "returned_to" in one else []
+        said = "; ".join([*moves, *one["reasons"]])
+        click.echo(f"{_utc(one['clock'])}  {one['candidate']:<26} {one['verdict']:<9}  {said}".rstrip())
 
 
 @command.command()

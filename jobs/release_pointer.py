@@ -69,7 +69,7 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def point(root: Path, alias: str, name: str, *, rollback: bool = False) -> None:
+def point(root: Path, alias: str, name: str, *, rollback: bool = False, only_from: str | None = None) -> bool:
     """Let an alias point to a release, atomically and durably.
 
     Parameters
@@ -82,6 +82,13 @@ def point(root: Path, alias: str, name: str, *, rollback: bool = False) -> None:
         A release in `root`; it is checked to exist, not to be intact.
     rollback : bool
         Allow ``CURRENT`` to go back in (epoch, step); serving follows.
+    only_from : str, optional
+        Do nothing unless the alias points to this release now.
+
+    Returns
+    -------
+    bool
+        False if ``only_from`` kept it where it is.
 
     Raises
     ------
@@ -97,6 +104,8 @@ def point(root: Path, alias: str, name: str, *, rollback: bool = False) -> None:
         raise DataError(f"there is no release {name} in {root}.", hint="`ctrstream release list` shows them")
     with _exclusive(root):
         before = pointed(root, alias)
+        if only_from is not None and before != only_from:
+            return False
         goes_back = before is not None and parse_name(name)[:2] < parse_name(before)[:2]
         if alias == CURRENT and goes_back and not rollback:
             raise StaleStateError(
@@ -112,6 +121,7 @@ def point(root: Path, alias: str, name: str, *, rollback: bool = False) -> None:
                     f"cannot move {alias} in {root} to {name}: {error.strerror}.",
                     hint="make room, then try again",
                 ) from error
+    return True
 
 
 def read_pointer(root: Path, alias: str) -> Pointer | None:

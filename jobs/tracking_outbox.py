@@ -266,8 +266,11 @@ class OutboxRun:
             self._append("image", path=str(copy), key=key, step=step, timestamp=timestamp)
 
     def register(self, release: Path, aliases: Sequence[str] = ()) -> None:
-        """See `jobs.tracking.Run.register`; the release must stay where it is until it is sent."""
-        self._append("register", release=str(release.absolute()), aliases=list(aliases))
+        """See `jobs.tracking.Run.register`; the release may be collected afterwards."""
+        if self._outbox.uri:
+            copy = self._spool(release.name)
+            shutil.copytree(release, copy, copy_function=_link)
+            self._append("register", path=str(copy), aliases=list(aliases))
 
     def finish(self, status: str = "FINISHED") -> None:
         """See `jobs.tracking.Run.finish`."""
@@ -282,6 +285,14 @@ class OutboxRun:
         return folder / name
 
 
+def _link(source: str, target: str) -> None:
+    """A second name for a file that is never changed; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def _send_image(run: Run, record: Mapping[str, Any]) -> None:
     png = Path(record["path"]).read_bytes()
     run.log_image(png, record["key"], record["step"], record["timestamp"])
@@ -294,7 +305,7 @@ _SEND: dict[str, Callable[[Run, Mapping[str, Any]], object]] = {
     "note": lambda run, record: run.note(record["markdown"]),
     "artifact": lambda run, record: run.log_artifact(Path(record["path"]), record["folder"]),
     "image": _send_image,
-    "register": lambda run, record: run.register(Path(record["release"]), record["aliases"]),
+    "register": lambda run, record: run.register(Path(record["path"]), record["aliases"]),
     "finish": lambda run, record: run.finish(record["status"]),
 }
 

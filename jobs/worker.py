@@ -108,7 +108,7 @@ class Worker:
             self.first,
             self.loop,
             self.metrics,
-            keep_releases=config.stream.keep_releases,
+            self.tracking,
             clock=clock,
         )
         self.pauses_ms: deque[float] = deque(maxlen=_PAUSES)
@@ -134,8 +134,8 @@ class Worker:
 
     @property
     def release(self) -> str:
-        """Name of the newest release."""
-        return self.commits.release
+        """Name of the release that serves."""
+        return self.commits.publishing.release
 
     @property
     def digest(self) -> str | None:
@@ -268,6 +268,7 @@ class Worker:
             predicted=self.predictions.take(),
             learned=self._learned.take(),
             produced=self._produced.take(),
+            evidence=self.commits.publishing.evidence.take(),
         )
 
     @contextmanager
@@ -311,9 +312,8 @@ class Worker:
         self._begin_loop()
         load_loop_state(self.loop, checkpoint.arrays, plain)
         self.breaker.load_state(plain["breaker"], checkpoint.manifest["volatile"]["breaker"])
-        self.commits.restore(checkpoint)
         log.info("restored step=%d checkpoint=%s", self.loop.step_number, checkpoint.path.name)
-        self.commits.publish_what_a_crash_prevented(checkpoint)
+        self.commits.restore(checkpoint)
         return checkpoint
 
     def _restore_audit(self, checkpoint: Checkpoint | None) -> None:
@@ -344,6 +344,7 @@ class Worker:
         result = self.loop.step(events)
         self.metrics.learned(produced_at)
         self._learned.add(result.joined, self.loop)
+        self.commits.publishing.evidence.add(result.joined, self.loop)
         self.predictions.add(result.predicted, self.loop.tasks, self.release)
         self._letters += events.dead_letters
         partitions = self.source.partitions

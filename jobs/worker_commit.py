@@ -6,12 +6,14 @@ The learning thread takes a `Cut` at a batch boundary and goes on. Order matters
 2. Dead letters of the steps since the last commit are acknowledged by the broker, then written to the file.
 3. Held rows, predictions and the line of the ledger are written.
 4. The checkpoint is written and the head moved: the commit point.
-5. A release is cut from exactly this state and ``CURRENT`` moved to it, unless nothing was learned.
+5. Unless nothing was learned: if the schedule and the gate say so, a release is cut from exactly this state
+   and ``CURRENT`` moved to it (`jobs.worker_publishing`).
 6. Offsets are committed to the broker, for lag charts only.
 
 A crash before 4 repeats the steps since the last commit from the same cursors. Letters that the file holds
-are not sent again; files that no commit has named are removed; a release that a crash between 4 and 5 has
-prevented is cut at the next start. While the broker is away, 2 waits, and with it the commit.
+are not sent again; files that no commit has named are removed; what a crash between 4 and 5 has prevented is
+decided again, from the same evidence, at the next start. While the broker is away, 2 waits, and with it the
+commit.
 
 A checkpoint is numbered by the cut's ``version``: steps learned, steps held and commands of the breaker
 obeyed. A release is numbered by the steps learned.
@@ -33,13 +35,15 @@ from jobs.checkpoint import Checkpoint, CheckpointStore
 from jobs.online import OnlineLoop, Predicted
 from jobs.online_state import take_loop_changes
 from jobs.predictions import PredictionLog
-from jobs.produced_times import RESOLUTION_MS, Produced
-from jobs.publishing import FirstReleases, Learned, publish_student
-from jobs.release import garbage_collect, pointed
+from jobs.produced_times import Produced
+from jobs.publish_evidence import EvidenceRows
+from jobs.publishing import FirstReleases
 from jobs.release_manifest import parse_name, release_name
-from jobs.release_pointer import CURRENT, read_pointer
 from jobs.worker_breaker import BreakerCut
 from jobs.worker_metrics import WorkerMetrics
+from jobs.worker_publishing import WorkerPublishing
+from jobs.worker_tracking import WorkerTracking
+from pipelines.config import Task
 from pipelines.dead_letters import DeadLetterFile
 from pipelines.errors import TransientError
 from pipelines.events import DeadLetter
@@ -68,6 +72,8 @@ class LoopCut:
     produced : list of (int, int)
         When the events learned since reached the broker: `jobs.produced_times`.
     breaker : BreakerCut
+    evidence : dict
+        What the gate is to see: `jobs.publish_evidence`.
     """
 
     arrays: Mapping[str, Array]
@@ -79,6 +85,7 @@ class LoopCut:
     learned: list[pa.RecordBatch]
     produced: Produced
     breaker: BreakerCut
+    evidence: dict[Task, list[EvidenceRows]]
 
     @classmethod
     def take(
@@ -121,8 +128,6 @@ class Commits:
     ----------
     segments : list of str
         Files of predictions that the last commit names.
-    release : str
-        The newest release.
     digest : str or None
         Of the last committed state.
     step : int
@@ -138,46 +143,37 @@ class Commits:
         first: FirstReleases,
         loop: OnlineLoop,
         metrics: WorkerMetrics,
+        tracking: WorkerTracking,
         *,
-        keep_releases: int,
         clock: Callable[[], float],
     ) -> None:
         self.segments: list[str] = []
-        self.release = first.student.name
         self.digest: str | None = None
         self.step = 0
         self.audit = AuditLog(store.root / "audit")
-        self._learned_release: str | None = None  # of the last commit that has learned
-        self._metrics = metrics
+        self._candidate: str | None = None  # name of a release of the last commit that has learned
+        self.publishing = WorkerPublishing(store, releases, first, loop, metrics, tracking, clock)
+        self._metrics, self._clock = metrics, clock
         self._store, self._predictions, self._dead_letters = store, predictions, dead_letters
-        self._releases, self._first, self._loop = releases, first, loop
-        self._keep_releases, self._clock = keep_releases, clock
         self._is_ending = threading.Event()
 
     def restore(self, checkpoint: Checkpoint | None) -> None:
-        """Go on behind a checkpoint, or (None) from the start; predictions beyond it are removed."""
-        if checkpoint is not None:
-            manifest = checkpoint.manifest
-            self.segments = list(manifest["outputs"])
-            self.digest = manifest["digest"]
-            self.release = pointed(self._releases, CURRENT) or self.release
-            self._learned_release = manifest["volatile"]["release"]
-            self.step = checkpoint.plain["step"]
-        self._predictions.keep_only(self.segments)
+        """Go on behind a checkpoint, or (None) from the start.
 
-    def publish_what_a_crash_prevented(self, checkpoint: Checkpoint) -> None:
-        """Cut the release that belongs to a checkpoint, unless it, or a newer one, is there.
-
-        The loop stands where the checkpoint was taken.
+        Predictions beyond it are removed; a release that belongs to it, and is missing, is published.
         """
-        pointer = read_pointer(self._releases, CURRENT)
-        if self._learned_release is None:
+        if checkpoint is None:
+            self._predictions.keep_only([])
             return
-        committed = parse_name(self._learned_release)[:2]
-        if pointer is None or (not pointer.rollback and parse_name(pointer.name)[:2] < committed):
-            volatile = checkpoint.manifest["volatile"]
-            produced = [(bucket, count) for bucket, count in volatile["produced_at"]]
-            self._publish(Learned.now(self._loop), committed[0], produced)
+        manifest, plain = checkpoint.manifest, checkpoint.plain
+        volatile = manifest["volatile"]
+        self.segments = list(manifest["outputs"])
+        self._predictions.keep_only(self.segments)
+        self.digest, self.step = manifest["digest"], plain["step"]
+        self._candidate = volatile["candidate"]
+        if self._candidate is not None:
+            epoch = parse_name(self._candidate)[0]
+            self.publishing.resume(volatile, checkpoint.arrays, plain, epoch=epoch, digest=self.digest)
 
     def end(self) -> None:
         """Wait for the broker no longer."""
@@ -202,23 +198,7 @@ class Commits:
             return
         self._commit_loop(cut.loop, tally)
         source.commit_offsets(cut.cursor)
-        needed = (self._first.teacher.name, self._first.student.name)
-        garbage_collect(self._releases, self._keep_releases, needed)
-
-    def _publish(self, learned: Learned, epoch: int, produced: Produced) -> None:
-        """Cut a release from what the commit of ``epoch`` holds."""
-        self.release = publish_student(
-            self._releases,
-            learned,
-            self._first,
-            epoch=epoch,
-            parent=self.release,
-            extra={
-                "state_digest": self.digest,
-                "published_at": round(self._clock() * 1000),
-                "produced_at": {"resolution_ms": RESOLUTION_MS, "counts": produced},
-            },
-        )
+        self.publishing.collect()
 
     def _commit_loop(self, cut: LoopCut, tally: Tally) -> None:
         epoch = self._store.epoch
@@ -226,9 +206,10 @@ class Commits:
         segment = self._predictions.write_segment(cut.predicted, cut.after_step, tally.step, epoch)
         if segment is not None:
             self.segments.append(segment)
-        release = release_name("student", epoch, tally.step) if cut.has_learned else None
-        self._learned_release = release or self._learned_release
-        audit = self.audit.append(tally, cut.learned, version=cut.version, epoch=epoch, release=release)
+        candidate = release_name("student", epoch, tally.step) if cut.has_learned else None
+        self._candidate = candidate or self._candidate
+        self.publishing.observe(cut.evidence, cut.produced)
+        audit = self.audit.append(tally, cut.learned, version=cut.version, epoch=epoch, candidate=candidate)
         self.digest = self._store.commit(
             cut.version,
             cut.arrays,
@@ -238,18 +219,17 @@ class Commits:
             outputs=list(self.segments),
             volatile={
                 "committed_at": self._clock(),
-                "produced_at": cut.produced,
                 "breaker": held,
                 "audit": audit,
-                "release": self._learned_release,
+                "candidate": self._candidate,
+                **self.publishing.state(),
             },
         )
         self.step = tally.step
         self._metrics.reached("committed", cut.produced)
         if cut.has_learned:
-            learned = Learned.at_cut(self._loop, self._store.committed_arrays(), cut.plain)
-            self._publish(learned, epoch, cut.produced)
-            self._metrics.reached("published", cut.produced)
+            arrays = self._store.committed_arrays()
+            self.publishing.publish(arrays, cut.plain, epoch=epoch, digest=self.digest)
 
     def _hand_over(self, letters: list[DeadLetter], source: KafkaSource) -> None:
         letters = self._dead_letters.unwritten(letters)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.online import OnlineLoop
+from jobs.publish_decision import Decision
+from jobs.release_manifest import parse_name
 from jobs.tracking_outbox import TrackingOutbox
 from pipelines.config import Config
 from pipelines.duration import HOUR_MS
@@ -13,6 +15,7 @@ from pipelines.duration import HOUR_MS
 __all__ = ["WorkerTracking"]
 
 _FIGURES = ("rows", "positives", "log_loss", "ne", "pcoc")
+_GATE_FIGURES = ("rows", "log_loss", "second_log_loss", "worse_z", "pcoc", "level_z")
 Metric = tuple[str, float, int, int]
 # A worker that was fenced lets go of the outbox after its next commit and half a minute for MLflow.
 _PATIENCE_S = 60.0
@@ -65,6 +68,29 @@ class WorkerTracking:
                 if found[name] is not None
             ]
         self._run.log_metrics(metrics)
+
+    def decided(self, decision: Decision, releases: Path) -> None:
+        """Log a decision of the gate, step by step of the loop, and move the aliases that it moves."""
+        step = parse_name(decision.candidate)[1]
+        is_published = float(decision.verdict == "published")
+        metrics: list[Metric] = [("gate/published", is_published, step, decision.clock)]
+        for task, figures in decision.figures.items():
+            metrics += [
+                (f"gate/{task}/{name}", float(figures[name]), step, decision.clock)
+                for name in _GATE_FIGURES
+                if figures[name] is not None
+            ]
+        for task, factor in decision.growth.items():
+            metrics.append((f"gate/{task}/weight_growth", factor, step, decision.clock))
+        self._run.log_metrics(metrics)
+        if decision.reasons:
+            self.note(**{"gate.refused": f"{decision.candidate}: {'; '.join(decision.reasons)}"})
+        if decision.begins_trial:
+            self._run.register(releases / decision.candidate, ["champion", "challenger"])
+        if decision.proven is not None:
+            self._run.register(releases / decision.proven, ["last_good"])
+        if decision.returned_to is not None:
+            self._run.register(releases / decision.returned_to, ["champion"])
 
     def published(self, release: Path) -> None:
         """Register a release as champion."""

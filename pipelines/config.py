@@ -28,6 +28,7 @@ from pipelines.config_sections import (
     KafkaConfig,
     LabelsConfig,
     Policy,
+    PublishConfig,
     ReplayConfig,
     SamplesConfig,
     Section,
@@ -68,6 +69,7 @@ class Config(Section):
     kafka: KafkaConfig = KafkaConfig()
     stream: StreamConfig = StreamConfig()
     breaker: BreakerConfig = BreakerConfig()
+    publish: PublishConfig = PublishConfig()
     serve: ServeConfig = ServeConfig()
     tracking: TrackingConfig = TrackingConfig()
 

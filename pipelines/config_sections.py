@@ -24,6 +24,7 @@ __all__ = [
     "KafkaConfig",
     "LabelsConfig",
     "Policy",
+    "PublishConfig",
     "ReplayConfig",
     "SamplesConfig",
     "Section",
@@ -348,6 +349,33 @@ class BreakerConfig(Section):
                 raise ValueError(
                     f"{name} must be two finite bounds, 0 or more, the lower first. Got [{low}, {high}]"
                 )
+        return self
+
+
+class PublishConfig(Section):
+    """When the worker publishes what it has committed, and what it does not: see ``docs/publishing.md``.
+
+    Without a schedule every commit is a candidate; with both, whichever is due first. A round of the gate is
+    ``support_rows`` rows with ``support_positives`` outcomes.
+    """
+
+    every_event_time: Duration | None = None
+    every_rows: int | None = Field(default=None, ge=1)
+    gate: bool = True
+    support_rows: int = Field(default=5000, ge=2)
+    support_positives: int = Field(default=200, ge=1)
+    without_support: Literal["publish", "hold"] = "publish"
+    worse_by: float = Field(default=0.01, ge=0)
+    z: float = Field(default=4.0, gt=0)
+    pcoc: tuple[float, float] = (0.8, 1.25)
+    weight_growth: float = Field(default=10.0, gt=1)
+    sample_rows: int = Field(default=4096, ge=1)
+
+    @model_validator(mode="after")
+    def _pcoc_holds_one(self) -> PublishConfig:
+        low, high = self.pcoc
+        if not 0 < low < 1 < high:
+            raise ValueError(f"pcoc must be two limits above 0 with 1 between them. Got {low:g} and {high:g}")
         return self
 
 

@@ -376,6 +376,7 @@ def test_what_mlflow_refuses_is_set_aside_and_does_not_hold_up_the_rest(
     outbox = TrackingOutbox(tmp_path, tracking.uri, tracking.experiment)
     run = outbox.run("worker")
     run.log_metrics([("not/a/valid/name?!", 1.0, 0, 0)])
+    (tmp_path / "student-0001-0000000001").mkdir()
     run.register(tmp_path / "student-0001-0000000001")
     with (tmp_path / "outbox.jsonl").open("a") as file:
         file.write('{"op": "torn\n')
