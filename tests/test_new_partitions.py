@@ -50,7 +50,8 @@ def grow(config: Config, counts: dict[str, int]) -> None:
 
 
 def poll_until(source: KafkaSource, done: Any, limit_s: float = 20.0) -> list[Any]:
-    blocks, until = [], time.monotonic() + limit_s
+    blocks: list[Any] = []
+    until = time.monotonic() + limit_s
     while not done(blocks):
         assert time.monotonic() < until
         block = source.poll(timeout_s=0.05)
@@ -149,7 +150,7 @@ def test_a_broker_that_cannot_tell_yet_is_asked_again(
 
 
 def test_a_worker_whose_topics_grow_accounts_for_every_row_and_goes_on(
-    small_run: SmallRun, broker: Broker, tmp_path: Path
+    small_run: SmallRun, broker: Broker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, files = with_topics(small_run.config, broker.bootstrap_servers, "grow-worker"), small_run.files
     config = config.model_copy(update={"kafka": config.kafka.model_copy(update={"idle_timeout": 300})})
@@ -172,7 +173,7 @@ def test_a_worker_whose_topics_grow_accounts_for_every_row_and_goes_on(
             worker.stop()
         return poll(max_rows, timeout_s)
 
-    worker.source.poll = polled  # type: ignore[method-assign]
+    monkeypatch.setattr(worker.source, "poll", polled)
     digest = finished(worker)
     state = committed(tmp_path)
     assert grown
