@@ -2,8 +2,8 @@
 
 ::
 
-    make bench-tables                                            # rows a second
-    make bench-tables ARGS='--memory 3600 --out tables-memory'   # half an hour with a TTL, half without
+    make bench-tables                        # rows a second
+    make bench-tables ARGS='--memory 3600'   # half an hour with a TTL, half without
 
 Traffic goes through days: three times as much at noon as at midnight. Every day brings new users and items;
 an id is drawn by how popular it is and by its age, half as often with each day. A batch is predicted,
@@ -227,7 +227,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, help="seconds of both runs together, instead of the speed")
     parser.add_argument("--rows-a-day", type=int, default=200_000, help="of event time")
     parser.add_argument("--new-ids", type=int, default=50_000, help="a day and field")
-    parser.add_argument("--out", type=Path, default=Path("tables-memory"))
+    parser.add_argument("--out", type=Path, default=Path("runs/tables-memory"))
     parser.add_argument("--run", choices=list(_STYLES), help=argparse.SUPPRESS)
     options = parser.parse_args()
     use_one_thread()

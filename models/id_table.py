@@ -190,7 +190,7 @@ class IdTable:
         if len(keys) > self._config.capacity:
             raise StaleStateError(
                 f"expected at most {self._config.capacity} rows of ids. Received: {len(keys)}.",
-                hint="student.tables.capacity can only grow while a model learns",
+                hint="it belongs to a student with another student.tables.capacity",
             )
         self._index = KeyIndex(keys)
         self._last_seen = np.array(arrays.get("ids/last_seen", np.zeros(len(keys))), np.int64)

@@ -64,6 +64,22 @@ def batch_of(rows: Encoded, label: NDArray[np.float64]) -> LearnBatch:
     return LearnBatch(rows.buckets, rows.numbers, label, one, True, one * np.nan, "wait", 0.0, ids=rows.ids)
 
 
+def training_set(rows: Encoded, label: NDArray[np.float64]) -> TrainingSet:
+    n = len(rows)
+    return TrainingSet(
+        buckets=rows.buckets,
+        numbers=rows.numbers,
+        user_key=rows.user_key,
+        segment_key=rows.segment_key,
+        label=label.astype(np.float32),
+        weight=np.ones(n, np.float32),
+        event_time=np.arange(n, dtype=np.int64) * 60_000,
+        mature=np.ones(n, np.bool_),
+        observed_share=np.ones(n, np.float32),
+        ids=rows.ids,
+    )
+
+
 def config_of(**changes: Any) -> StudentConfig:
     tables = {"capacity": 64, "admit_after": 1, "filter_cells": 1024, "ttl": "3h"}
     tables |= {name: changes.pop(name) for name in list(changes) if name in tables}
@@ -368,18 +384,7 @@ def test_an_expired_id_is_in_no_later_release(run: SmallRun) -> None:
 def test_teachers_and_late_heads_know_ids_by_their_buckets() -> None:
     items, label = random_traffic(1, 400)
     rows = encoded(SPEC, items)
-    train = TrainingSet(
-        buckets=rows.buckets,
-        numbers=rows.numbers,
-        user_key=rows.user_key,
-        segment_key=rows.segment_key,
-        label=label.astype(np.float32),
-        weight=np.ones(400, np.float32),
-        event_time=np.arange(400, dtype=np.int64) * 60_000,
-        mature=np.ones(400, np.bool_),
-        observed_share=np.ones(400, np.float32),
-        ids=rows.ids,
-    )
+    train = training_set(rows, label)
     settings = ["teacher.model=network", "student.warmup_epochs=1", "calibration.segments=[]"]
     models = train_models({"click": train}, SPEC, load_config(None, settings)).models["click"]
     assert isinstance(models.teacher, Student)
@@ -391,3 +396,35 @@ def test_teachers_and_late_heads_know_ids_by_their_buckets() -> None:
     assert models.student.ids is not None
     assert 10 < len(models.student.ids) <= len(set(items))
     assert "weights/ids" not in LateHead(SPEC, models.student.config, 0.3).state()
+
+
+def test_a_student_trained_without_ids_has_learned_its_buckets_and_takes_ids_from_there() -> None:
+    items, label = random_traffic(1, 400)
+    rows = encoded(SPEC, items)
+    student = Student.create(SPEC, config_of(warmup_epochs=1))
+    student.fit(replace(training_set(rows, label), ids=None))
+    assert student.ids is not None
+    assert len(student.ids) == 0
+    logit = student.predict_logit(rows.buckets, rows.numbers, rows.ids)
+    assert len(set(logit.tolist())) == len(set(rows.buckets[:, 0].tolist()))
+    student.see(rows.buckets, rows.ids, HOUR_MS)
+    assert len(student.ids) == len(set(items))
+    assert np.array_equal(student.predict_logit(rows.buckets, rows.numbers, rows.ids), logit)
+
+
+def test_windows_said_again_are_no_news_of_their_ids(run: SmallRun) -> None:
+    loop = run.warm_loop()
+    student = loop.students["click"]
+    assert student.ids is not None
+    before = len(student.ids)
+    ids = np.arange(1, 43, dtype=np.int64).reshape(-1, len(student.spec.id_columns))
+    buckets = np.ones((len(ids), len(student.spec.column_field)), np.int32)
+    first = np.zeros(len(ids), np.bool_)
+    columns: dict[str, NDArray[Any]] = {"buckets": buckets, "ids": ids, "first": first}
+    for _ in range(3):
+        loop._see("click", columns, student.ids.clock)
+    assert len(student.ids) == before
+    first[:] = True
+    for _ in range(3):
+        loop._see("click", columns, student.ids.clock)
+    assert student.ids.find(ids).min() >= 0
