@@ -328,9 +328,17 @@ def run_worker(folder: Path, config: Config) -> None:
     """A worker in a process of its own, committing as often as it can."""
     use_one_thread()
     stream = config.stream.model_copy(update={"publish_every": 1})
-    Worker(
+    worker = Worker(
         config.model_copy(update={"stream": stream}), folder / "releases", folder / "state", until_end=True
-    ).run()
+    )
+    step = worker.loop.step
+
+    def slowed(events: Any) -> Any:
+        time.sleep(0.02)  # commits go on beside: on a slow disk the log would be at its end after a few
+        return step(events)
+
+    worker.loop.step = slowed  # type: ignore[method-assign]
+    worker.run()
 
 
 def test_a_process_ended_by_sigkill_ends_in_the_same_state(produced: Produced, tmp_path: Path) -> None:
