@@ -365,7 +365,7 @@ class PublishConfig(Section):
     support_rows: int = Field(default=5000, ge=2)
     support_positives: int = Field(default=200, ge=1)
     without_support: Literal["publish", "hold"] = "publish"
-    worse_by: float = Field(default=0.01, ge=0)
+    worse_by: float = Field(default=0.02, ge=0)
     z: float = Field(default=4.0, gt=0)
     pcoc: tuple[float, float] = (0.8, 1.25)
     weight_growth: float = Field(default=10.0, gt=1)
