@@ -41,3 +41,11 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     from tests.small_run import build_small_run
 
     return build_small_run(tmp_path_factory.mktemp("small_run"))
+
+
+@pytest.fixture(scope="session")
+def dynamic_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
+    """The same with rows of their own for users, items and tags, too few for all."""
+    from tests.small_run import DYNAMIC, build_small_run
+
+    return build_small_run(tmp_path_factory.mktemp("dynamic_run"), *DYNAMIC)

@@ -37,6 +37,14 @@ SETTINGS = (
     "replay.rows_per_hour=64",
 )
 
+# The ids of users do not fit, items come and go, and some values come too seldom to be admitted.
+DYNAMIC = (
+    'features.dynamic=["user_id", "item_id", "tags"]',
+    "student.tables.capacity=300",
+    "student.tables.filter_cells=4096",
+    "student.tables.ttl=8h",
+)
+
 
 @dataclass(frozen=True)
 class SmallRun:

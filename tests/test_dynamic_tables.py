@@ -32,16 +32,9 @@ from pipelines.errors import ConfigError, StaleStateError
 from pipelines.feature_spec import Categorical, Cross, FeatureSpec, Sequence
 from pipelines.features import Encoded, encode_rows
 from pipelines.training_set import TrainingSet
-from tests.small_run import SETTINGS, SmallRun, build_small_run
+from tests.small_run import DYNAMIC, SETTINGS, SmallRun
 
 OPTIMIZERS = ["adagrad", "rowwise_adagrad", "ftrl", "lazy_adam"]
-# The ids of users do not fit, items come and go, and some events come too seldom to be admitted.
-DYNAMIC = (
-    'features.dynamic=["user_id", "item_id", "tags"]',
-    "student.tables.capacity=300",
-    "student.tables.filter_cells=4096",
-    "student.tables.ttl=8h",
-)
 SPEC = FeatureSpec(
     categorical=(Categorical(name="item_id", buckets=8), Categorical(name="user_id", buckets=5)),
     dynamic=("item_id",),
@@ -283,16 +276,11 @@ def test_learning_all_over_forgets_every_id() -> None:
 # --- the loop ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
-    return build_small_run(tmp_path_factory.mktemp("dynamic"), *DYNAMIC)
-
-
-def test_ids_come_and_go_as_the_log_is_read_and_the_changes_make_up_the_state(run: SmallRun) -> None:
-    loop, mirror, gone, known = run.warm_loop(), StateMirror(), set[int](), set[int]()
+def test_ids_come_and_go_as_the_log_is_read_and_the_changes_make_up_the_state(dynamic_run: SmallRun) -> None:
+    loop, mirror, gone, known = dynamic_run.warm_loop(), StateMirror(), set[int](), set[int]()
     table = loop.students["click"].ids
     assert table is not None
-    for number, events in enumerate(run.steps(run.warm_rows)):
+    for number, events in enumerate(dynamic_run.steps(dynamic_run.warm_rows)):
         loop.step(events)
         now = set(table.keys[table.keys != 0].tolist())
         gone, known = gone | (known - now), now
@@ -303,17 +291,17 @@ def test_ids_come_and_go_as_the_log_is_read_and_the_changes_make_up_the_state(ru
     assert len(known) <= 300
     assert len(gone) > 100
     assert len(gone & known) > 10
-    assert state_digest(*loop_state(loop)) == state_digest(*loop_state(run.backtest.loop))
+    assert state_digest(*loop_state(loop)) == state_digest(*loop_state(dynamic_run.backtest.loop))
 
 
 @pytest.mark.parametrize("policy", ["fnw", "bidefuse"])
-def test_a_loop_restored_half_way_goes_on_to_the_same_bits(run: SmallRun, policy: str) -> None:
+def test_a_loop_restored_half_way_goes_on_to_the_same_bits(dynamic_run: SmallRun, policy: str) -> None:
     config = load_config(None, [*SETTINGS, *DYNAMIC, f"labels.policy={policy}"])
-    run = replace(run, config=config)
-    loop, steps = run.warm_loop(), list(run.steps(run.warm_rows))
+    dynamic_run = replace(dynamic_run, config=config)
+    loop, steps = dynamic_run.warm_loop(), list(dynamic_run.steps(dynamic_run.warm_rows))
     for events in steps[: len(steps) // 2]:
         loop.step(events)
-    restored = run.begun(OnlineLoop(config))
+    restored = dynamic_run.begun(OnlineLoop(config))
     arrays, plain = loop_state(loop)
     load_loop_state(restored, arrays, json.loads(json.dumps(plain)))
     for events in steps[len(steps) // 2 :]:
@@ -323,9 +311,9 @@ def test_a_loop_restored_half_way_goes_on_to_the_same_bits(run: SmallRun, policy
 
 
 def test_a_release_gives_the_logits_of_the_worker_for_ids_with_and_without_rows(
-    run: SmallRun, tmp_path: Path
+    dynamic_run: SmallRun, tmp_path: Path
 ) -> None:
-    root, loop = run.first_releases(tmp_path / "releases"), run.backtest.loop
+    root, loop = dynamic_run.first_releases(tmp_path / "releases"), dynamic_run.backtest.loop
     first = load_first(root)
     arrays, plain = loop_state(loop)
     learned = Learned.at_cut(loop, arrays, plain)
@@ -333,7 +321,7 @@ def test_a_release_gives_the_logits_of_the_worker_for_ids_with_and_without_rows(
     name = publish_student(root, learned, first, epoch=3, parent=first.student.name, extra={})
     release = Release.load(root / name)
     assert release.spec.dynamic == ("user_id", "item_id", "tags")
-    impressions = run.files.impressions.slice(0, 2000).to_pylist()
+    impressions = dynamic_run.files.impressions.slice(0, 2000).to_pylist()
     contract = ("user_id", "item_id", "event_time", "position", "impression_id")
     rows = [
         {
@@ -368,8 +356,8 @@ def test_a_release_gives_the_logits_of_the_worker_for_ids_with_and_without_rows(
     assert check_consistency(tmp_path / "served.jsonl", root)["first_differing_feature"] == "item_id (id)"
 
 
-def test_an_expired_id_is_in_no_later_release(run: SmallRun) -> None:
-    releases = [Release.load(path) for path in sorted((run.out / "releases").glob("student-*"))]
+def test_an_expired_id_is_in_no_later_release(dynamic_run: SmallRun) -> None:
+    releases = [Release.load(path) for path in sorted((dynamic_run.out / "releases").glob("student-*"))]
     assert len(releases) > 1
     kept = []
     for release in releases:
@@ -412,8 +400,8 @@ def test_a_student_trained_without_ids_has_learned_its_buckets_and_takes_ids_fro
     assert np.array_equal(student.predict_logit(rows.buckets, rows.numbers, rows.ids), logit)
 
 
-def test_windows_said_again_are_no_news_of_their_ids(run: SmallRun) -> None:
-    loop = run.warm_loop()
+def test_windows_said_again_are_no_news_of_their_ids(dynamic_run: SmallRun) -> None:
+    loop = dynamic_run.warm_loop()
     student = loop.students["click"]
     assert student.ids is not None
     before = len(student.ids)

@@ -296,7 +296,7 @@ def test_progressive_student_learns_every_row_once(monkeypatch: pytest.MonkeyPat
     numbered = replace(rows, numbers=np.arange(2_000, dtype=np.float32)[:, None])
     student = Student.create(SPEC, CONFIG.student)
     learned: list[float] = []
-    monkeypatch.setattr(student, "update", lambda _, numbers, __: learned.extend(numbers[:, 0].tolist()))
+    monkeypatch.setattr(student, "update", lambda _, numbers, *__: learned.extend(numbers[:, 0].tolist()))
     progressive_logit(student, numbered, 2 * HOUR_MS)
     assert learned == sorted(set(learned))
     assert len(learned) == np.sum(rows.event_time <= rows.event_time[-1] - 2 * HOUR_MS)
