@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pipelines.errors import StaleStateError
 from pipelines.merge import UNKNOWN_TIME
 
-__all__ = ["Cursor", "Place", "TopicPartition"]
+__all__ = ["Cursor", "Place", "RowPositions", "TopicPartition"]
 
 # Topic name and partition number.
 TopicPartition = tuple[str, int]
+
+
+class RowPositions(Protocol):
+    """Where rows come from, in order of arrival: an `EventBlock`, or a part of one."""
+
+    @property
+    def partition(self) -> NDArray[np.int32]: ...
+    @property
+    def offset(self) -> NDArray[np.int64]: ...
+    @property
+    def row(self) -> NDArray[np.int32]: ...
+    @property
+    def arrival_time(self) -> NDArray[np.int64]: ...
 
 
 class Place(NamedTuple):

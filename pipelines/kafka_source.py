@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from kafka import TopicPartition as KafkaTopicPartition
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipelines.backfill import Backfill, PastRows
 from pipelines.config_sections import KafkaConfig
-from pipelines.cursor import Cursor, Place, TopicPartition
+from pipelines.cursor import Cursor, Place, RowPositions, TopicPartition
 from pipelines.dead_letters import publish
 from pipelines.errors import SetupError, TransientError
 from pipelines.events import TOPICS, DeadLetter, EventBlock
@@ -29,7 +29,7 @@ from pipelines.kafka_rows import Keyed, PolledPartition, Rows, decode_polled, ga
 from pipelines.lake import OffsetRange
 from pipelines.merge import Merged, PartitionMerge
 
-__all__ = ["Cursor", "KafkaSource", "Place", "RowPositions"]
+__all__ = ["Cursor", "KafkaSource", "Place"]
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +44,6 @@ _LOOK_EVERY_S = 10.0
 # What is idle, away or at its end is looked at again this often while nothing comes.
 _LONGEST_WAIT_S = 0.1
 _GROUP = "ctrstream"
-
-
-class RowPositions(Protocol):
-    """Where rows come from, in order of arrival: an `EventBlock`, or a part of one."""
-
-    @property
-    def partition(self) -> NDArray[np.int32]: ...
-    @property
-    def offset(self) -> NDArray[np.int64]: ...
-    @property
-    def row(self) -> NDArray[np.int32]: ...
-    @property
-    def arrival_time(self) -> NDArray[np.int64]: ...
 
 
 class KafkaSource:
