@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from jobs import worker_commit
+from jobs import worker_publishing
 from jobs.broker import Broker
 from jobs.checkpoint import CheckpointStore, state_digest
 from jobs.cli import cli
@@ -268,8 +268,8 @@ MOMENTS: dict[str, Plant] = {
     ),
     "before the head moves": _at(lambda worker: worker.store, "_move_head", before=True),
     "after the head has moved": _at(lambda worker: worker.store, "_move_head", before=False),
-    "before the release is written": _at(lambda worker: worker_commit, "publish_student", before=True),
-    "after the release is published": _at(lambda worker: worker_commit, "publish_student", before=False),
+    "before the release is written": _at(lambda worker: worker_publishing, "publish_student", before=True),
+    "after the release is published": _at(lambda worker: worker_publishing, "publish_student", before=False),
 }
 
 
@@ -307,7 +307,7 @@ def test_a_release_that_a_kill_prevented_is_published_at_the_next_start(
 ) -> None:
     worker = produced.worker(tmp_path)
     with monkeypatch.context() as patch:
-        _at(lambda _: worker_commit, "publish_student", before=True)(worker, patch, 1)
+        _at(lambda _: worker_publishing, "publish_student", before=True)(worker, patch, 1)
         patch.setattr(worker, "close", lambda: None)
         with pytest.raises(Killed):
             worker.run()

@@ -124,8 +124,8 @@ def _told(outbox: Path, releases: Path) -> dict[str, Any]:
         if record["op"] == "metrics":
             quality = [row for row in record["rows"] if row[0].startswith("quality/")]
             told.update({f"{key} at {step}": (value, time) for key, value, step, time in quality})
-        elif record["op"] == "register":
-            told["is champion"] = Path(record["release"]).name == pointed(releases, "CURRENT")
+        elif record["op"] == "register" and "champion" in record["aliases"]:
+            told["is champion"] = Path(record["path"]).name == pointed(releases, "CURRENT")
     return told
 
 

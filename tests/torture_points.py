@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 import jobs.release
 import jobs.worker
-from jobs import checkpoint_files, publishing, release_pointer, worker_commit
+from jobs import checkpoint_files, publishing, release_pointer, worker_publishing
 from jobs.checkpoint import CheckpointStore
 from jobs.checkpoint_head import Head
 from jobs.commit_thread import CommitThread
@@ -273,7 +273,7 @@ KILLS: dict[str, Plant] = {
     "offsets committed": at(KafkaSource, "commit_offsets", "after"),
     "old release set aside": at(os, "rename", "after", is_set_aside("releases")),
     "old release half removed": at(shutil, "rmtree", "before", _OLD_RELEASE, half_removed),
-    "releases collected": at(worker_commit, "garbage_collect", "after"),
+    "releases collected": at(worker_publishing, "garbage_collect", "after"),
     "commit done": at(Commits, "commit", "after"),
     "MLflow record half written": at(os, "write", "before", is_record, half_record),
     "MLflow record written": at(os, "write", "after", is_record),
