@@ -75,8 +75,8 @@ def digest(state: Path) -> None:
 def segments(state: Path, limit: int, is_all: bool, as_json: bool) -> None:
     """The segments that the head's student over- or under-predicts most, over windows that have closed.
 
-    KEY is the hash of the segment's value: XXH64 of its text with the feature spec's hash_seed, in hexadecimal
-    digits; 0000000000000000 is no value. Z is observed less predicted outcomes, in standard errors; segments
+    KEY is the hash of the segment's value: XXH64 of its text with the spec's hash_seed, 16 hexadecimal
+    digits, 0000000000000000 for no value. Z is observed less predicted outcomes, in standard errors; segments
     with too few rows for it are left out. `other` is what was not kept apart.
     """
     from jobs.online_state import under

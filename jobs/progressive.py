@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +12,7 @@ from numpy.typing import NDArray
 from models.base import sigmoid
 from models.losses import policy_weights
 from monitoring.quality import QualitySums
-from monitoring.soft_quality import soft_quality_sums
+from monitoring.soft_quality import quality_amounts, quality_sums
 from pipelines.duration import HOUR_MS
 from pipelines.joined import Closed, Examples
 from pipelines.label_news import FIRST
@@ -24,7 +26,7 @@ MATURITIES: tuple[Maturity, ...] = ("mature", "provisional")
 _PREDICTORS = ("student", "student_uncalibrated", "teacher")
 # Policies without unbiased weights of their own for single rows, and one that says the same rows.
 _SAYS_THE_SAME = {"vanilla": "esdfm", "fnc": "fnw", "defuse": "esdfm", "bidefuse": "esdfm"}
-# What is provisional is of use while it is fresh: older hours have matured, and would make each commit longer.
+# What is provisional is of use while it is fresh. Older hours have matured, and make commits longer.
 _PROVISIONAL_HOURS = 24
 
 
@@ -59,8 +61,7 @@ class ProgressiveQuality:
     """Sums by maturity, task, hour and predictor; predictions are those made when impressions arrived.
 
     ``mature``: windows that have closed, by hour of the window's opening. ``provisional``: rows as they are
-    learned from, by hour of ``known_at``, with `provisional_weights`; kept for the last 24 hours in which rows
-    were learned.
+    learned from, by hour of ``known_at``, with `provisional_weights`, the last 24 hours of them.
 
     Notes
     -----
@@ -72,7 +73,8 @@ class ProgressiveQuality:
     """
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, str, int, str], QualitySums] = {}
+        # By maturity, task and hour: sums of each predictor, shape (predictors, 9).
+        self._sums: dict[tuple[str, str, int], Floats] = {}
 
     def update(self, task: str, column: int, closed: Closed, features: dict[str, NDArray[Any]]) -> None:
         """Add the windows of a task that closed in one step; windows without a prediction are left out."""
@@ -122,24 +124,26 @@ class ProgressiveQuality:
         stands_for: tuple[Floats, Floats, NDArray[np.bool_]],
         predictions: Floats,
     ) -> None:
+        amounts = quality_amounts(*stands_for, predictions)
         first, last = int(hours.min()), int(hours.max())
         for hour in [first] if first == last else np.unique(hours).tolist():
-            rows = slice(None) if first == last else hours == hour
-            found = soft_quality_sums(*(values[rows] for values in stands_for), predictions[:, rows])
-            for name, sums in zip(_PREDICTORS, found, strict=True):
-                key = (maturity, task, hour, name)
-                self._sums[key] = self._sums[key].merge(sums) if key in self._sums else sums
+            own = amounts if first == last else amounts[:, :, hours == hour]
+            key, sums = (maturity, task, hour), own.sum(axis=2)
+            self._sums[key] = self._sums[key] + sums if key in self._sums else sums
 
     def _forget(self, task: str) -> None:
         """Drop provisional hours of a task that are too old."""
         own = [key for key in self._sums if key[:2] == ("provisional", task)]
-        oldest = max(hour for _, _, hour, _ in own) - _PROVISIONAL_HOURS
+        oldest = max(hour for _, _, hour in own) - _PROVISIONAL_HOURS
         for key in own:
             if key[2] <= oldest:
                 del self._sums[key]
 
-    def _of(self, maturity: Maturity) -> list[tuple[str, int, str, QualitySums]]:
-        return [(*key[1:], sums) for key, sums in sorted(self._sums.items()) if key[0] == maturity]
+    def _of(self, maturity: Maturity) -> Iterator[tuple[str, int, str, QualitySums]]:
+        for (own, task, hour), sums in sorted(self._sums.items(), key=itemgetter(0)):
+            if own == maturity:
+                for name, one in zip(_PREDICTORS, sums, strict=True):
+                    yield task, hour, name, quality_sums(one)
 
     def hours(self, maturity: Maturity = "mature") -> list[tuple[str, int, str, dict[str, Any]]]:
         """Task, start of the hour (ms), predictor and figures, in order."""
@@ -155,7 +159,7 @@ class ProgressiveQuality:
 
     def trailing(self, hours: int, maturity: Maturity = "mature") -> dict[tuple[str, str], QualitySums]:
         """Sums by task and predictor over the last ``hours`` hours that rows of the task fell into."""
-        kept, newest = self._of(maturity), dict[str, int]()
+        kept, newest = list(self._of(maturity)), dict[str, int]()
         for task, hour, _, _ in kept:
             newest[task] = max(newest.get(task, hour), hour)
         found: dict[tuple[str, str], QualitySums] = {}
@@ -165,13 +169,13 @@ class ProgressiveQuality:
         return found
 
     def state(self) -> list[list[Any]]:
-        return [[*key, sums.state()] for key, sums in sorted(self._sums.items())]
+        return [[*key, sums.tolist()] for key, sums in sorted(self._sums.items(), key=itemgetter(0))]
 
     @classmethod
     def from_state(cls, state: list[list[Any]]) -> ProgressiveQuality:
         progressive = cls()
-        for maturity, task, hour, name, sums in state:
-            progressive._sums[maturity, task, int(hour), name] = QualitySums.from_state(sums)
+        for maturity, task, hour, sums in state:
+            progressive._sums[maturity, task, int(hour)] = np.array(sums, np.float64)
         return progressive
 
 
@@ -179,7 +183,7 @@ def _predicted(features: dict[str, NDArray[Any]], slot: NDArray[np.int64], colum
     """Which rows were predicted when they arrived."""
     if len(slot) == 0 or "probability" not in features:
         return np.zeros(len(slot), np.bool_)
-    return np.isfinite(features["probability"][slot, column])
+    return np.asarray(np.isfinite(features["probability"][slot, column]), np.bool_)
 
 
 def _predictions(features: dict[str, NDArray[Any]], slot: NDArray[np.int64], column: int) -> Floats:

@@ -44,8 +44,8 @@ class TeacherAge:
         if not self._is_told and not known.all():
             self._is_told = True
             log.warning(
-                "the teacher is older than distillation.max_age: newer rows are not distilled, only learned from "
-                "their labels last_event_time=%d; train a new one",
+                "the teacher is older than distillation.max_age: rows of events after %d ms are learned from "
+                "their labels alone; train a new one",
                 self.last,
             )
         return known

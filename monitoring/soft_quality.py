@@ -8,18 +8,18 @@ from numpy.typing import NDArray
 from monitoring.inputs import clipped
 from monitoring.quality import QualitySums
 
-__all__ = ["soft_quality_sums"]
+__all__ = ["quality_amounts", "quality_sums"]
 
 Floats = NDArray[np.float64]
 
 
-def soft_quality_sums(
+def quality_amounts(
     positive: Floats, negative: Floats, is_positive: NDArray[np.bool_], probability: Floats
-) -> list[QualitySums]:
-    """The sums of each predictor over the same rows.
+) -> Floats:
+    """What each row adds to the sums of each predictor, shape (predictors, 9, n).
 
     A row stands for ``positive`` outcomes and for ``negative`` times none: a label ``c`` is ``c`` and
-    ``1 - c``. The sums are added up in an order that does not depend on where the arrays lie in memory.
+    ``1 - c``. The nine are those of `QualitySums`, in its order.
 
     Parameters
     ----------
@@ -32,30 +32,27 @@ def soft_quality_sums(
 
     Examples
     --------
-    >>> probability = np.array([[0.5, 0.5], [0.2, 0.6]])
-    >>> soft = soft_quality_sums(np.array([0.0, 0.5]), np.array([1.0, 0.5]), np.array([0, 1]) > 0, probability)
-    >>> [round(sums.value()["pcoc"], 2) for sums in soft], round(soft[0].value()["log_loss"], 4)
+    >>> label = np.array([0.0, 0.5])
+    >>> amounts = quality_amounts(label, 1.0 - label, label > 0, np.array([[0.5, 0.5], [0.2, 0.6]]))
+    >>> figures = [quality_sums(one).value() for one in amounts.sum(axis=2)]
+    >>> [round(one["pcoc"], 2) for one in figures], round(figures[0]["log_loss"], 4)
     ([2.0, 1.6], 0.6931)
     """
-    inside = clipped(probability)
-    weight = positive + negative
-    loss = (-np.log(inside) * positive - np.log(1.0 - inside) * negative).sum(axis=1).tolist()
-    predicted = (probability * weight).sum(axis=1).tolist()
-    brier = ((1.0 - probability) ** 2 * positive + probability**2 * negative).sum(axis=1).tolist()
-    variance = (probability * (1.0 - probability) * weight**2).sum(axis=1).tolist()
-    shared = float(weight.sum()), float(positive.sum()), float((positive**2).sum())
-    rows, positives = len(positive), int(is_positive.sum())
-    return [
-        QualitySums(
-            rows=rows,
-            positives=positives,
-            weight_sum=shared[0],
-            positive_sum=shared[1],
-            probability_sum=predicted[place],
-            log_loss_sum=loss[place],
-            brier_sum=brier[place],
-            variance_sum=variance[place],
-            positive_square_sum=shared[2],
-        )
-        for place in range(len(probability))
-    ]
+    inside, weight, other = clipped(probability), positive + negative, 1.0 - probability
+    amounts = np.empty((len(probability), 9, len(positive)))
+    amounts[:, 0] = 1.0
+    amounts[:, 1] = is_positive
+    amounts[:, 2] = weight
+    amounts[:, 3] = positive
+    np.multiply(probability, weight, out=amounts[:, 4])
+    amounts[:, 5] = -np.log(inside) * positive - np.log(1.0 - inside) * negative
+    amounts[:, 6] = other * other * positive + probability * probability * negative
+    amounts[:, 7] = probability * other * (weight * weight)
+    amounts[:, 8] = positive * positive
+    return amounts
+
+
+def quality_sums(amounts: Floats) -> QualitySums:
+    """Nine sums of `quality_amounts` as one object."""
+    rows, positives, *rest = amounts.tolist()
+    return QualitySums(int(rows), int(positives), *rest)

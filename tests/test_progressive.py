@@ -16,7 +16,7 @@ from jobs.progressive import ProgressiveQuality, provisional_weights
 from jobs.worker_tracking import WorkerTracking
 from models.base import sigmoid
 from monitoring.quality import QualitySums
-from monitoring.soft_quality import soft_quality_sums
+from monitoring.soft_quality import quality_amounts, quality_sums
 from pipelines.config import load_config
 from pipelines.duration import HOUR_MS
 from pipelines.joined import Closed, Examples
@@ -125,7 +125,8 @@ def test_mature_sums_are_those_of_the_rows_one_by_one() -> None:
 
 
 def test_a_soft_label_is_that_part_of_a_positive() -> None:
-    (sums,) = soft_quality_sums(np.array([0.25]), np.array([0.75]), np.array([True]), np.array([[0.25]]))
+    amounts = quality_amounts(np.array([0.25]), np.array([0.75]), np.array([True]), np.array([[0.25]]))
+    sums = quality_sums(amounts[0, :, 0])
     figures = sums.value()
     assert figures["pcoc"] == pytest.approx(1.0)
     assert figures["log_loss"] == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)))

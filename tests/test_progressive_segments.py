@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,10 +28,10 @@ def rows(seed: int, n: int, values: int) -> tuple[NDArray[np.int64], Floats, Flo
     return keys, (rng.random(n) < p * (1 + keys[:, 1] / 10)).astype(float), p
 
 
-def fed(quality: SegmentQuality, *given: NDArray[np.float64], batch: int = 97) -> SegmentQuality:
+def fed(quality: SegmentQuality, *given: NDArray[Any], batch: int = 97) -> SegmentQuality:
     for start in range(0, len(given[0]), batch):
         keys, label, p = (values[start : start + batch] for values in given)
-        quality.update("click", keys.astype(np.int64), label, p)
+        quality.update("click", keys, label, p)
     return quality
 
 
@@ -53,14 +54,14 @@ def test_sums_are_those_of_the_rows_one_by_one() -> None:
 
 def test_the_worst_have_the_largest_z_of_those_with_enough_rows() -> None:
     quality = SegmentQuality(("site_id",))
-    keys = np.repeat([1, 2, 3, 4], [400, 400, 20, 400])[:, None]
+    keys = np.repeat([1, 2, 3, 4], [400, 400, 20, 404])[:, None]
     # Site 3 is off by a factor, on few rows.
-    label = np.concatenate([np.tile([1, 0], 200), np.tile([1, 0, 0, 0], 100), np.ones(20), np.zeros(400)])
+    label = np.concatenate([np.tile([1, 0], 200), np.tile([1, 0, 0, 0], 100), np.ones(20), np.zeros(404)])
     quality.update("click", keys, label.astype(float), np.full(len(keys), 0.25))
     worst = quality.worst(2)
     assert [row.key[-1] for row in worst] == ["4", "1"]
     assert [row.pcoc for row in worst] == [None, 0.5]
-    assert [row.z for row in worst] == pytest.approx([-100 / 75**0.5, 100 / 75**0.5])
+    assert [row.z for row in worst] == pytest.approx([-101 / 75.75**0.5, 100 / 75**0.5])
 
 
 def test_no_more_values_are_kept_than_the_bound_and_no_row_is_lost() -> None:
@@ -126,7 +127,6 @@ def test_the_command_prints_the_segments_of_the_head(small_run: SmallRun, tmp_pa
     store.open()
     loop = small_run.backtest.loop
     store.commit(loop.step_number, *loop_state(loop), cursor=[], outputs=[], volatile={})
-    store.close()
 
     def run(*more: str) -> str:
         result = CliRunner().invoke(cli, ["checkpoint", "segments", str(tmp_path), *more])
