@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from calibration.chain import CalibrationChain
 from jobs.prepared import StepEvents, Teacher
-from jobs.progressive import ProgressiveQuality
+from jobs.progressive import JudgedRows, ProgressiveQuality, mature_rows, provisional_rows
 from jobs.progressive_segments import SegmentQuality
 from jobs.teacher_age import TeacherAge
 from models.base import sigmoid
@@ -26,7 +26,7 @@ from pipelines.config import Config, Task
 from pipelines.delay import DelayCurve
 from pipelines.duration import HOUR_MS
 from pipelines.events import KINDS
-from pipelines.joined import Closed, Examples, Joined, NegativeDelay
+from pipelines.joined import Examples, Joined, NegativeDelay
 from pipelines.joiner import TASKS, Joiner
 from pipelines.label_news import FIRST
 from pipelines.replay import ReplayBuffer
@@ -142,10 +142,10 @@ class OnlineLoop:
         """Advance by one step of events."""
         predicted = self._predict(events)
         joined = self._join(events, predicted)
+        self._judge(joined)
         learned = 0
         for column, task in enumerate(self.tasks):
             index = TASKS.index(task)
-            self._judge(task, column, joined.examples[index], joined.closed[index])
             learned += self._learn(task, column, joined.examples[index])
             self._calibrate(task, column, joined.examples[index])
         for task in self.replay:
@@ -244,17 +244,21 @@ class OnlineLoop:
         self.clock = max(self.clock, events.clock)
         return self.joiner.process(arrivals, events.clicks, events.conversions, self.clock)
 
-    def _judge(self, task: Task, column: int, examples: Examples, closed: Closed) -> None:
+    def _judge(self, joined: Joined) -> None:
         """Add to the progressive figures; nothing that is learned depends on them."""
-        features = self.joiner.features
+        features, rows = self.joiner.features, list[JudgedRows]()
         if "probability" not in features:
             return
-        late_share = self._late_share(task, examples.elapsed)
-        self.progressive.learn(task, column, examples, features, self.config.policy(task), late_share)
-        self.progressive.update(task, column, closed, features)
-        if len(closed):
-            keys, probability = features["segment_key"][closed.slot], features["probability"]
+        probability = features["probability"]
+        for column, task in enumerate(self.tasks):
+            closed, examples = joined.closed[TASKS.index(task)], joined.examples[TASKS.index(task)]
+            late_share = self._late_share(task, examples.elapsed)
+            policy = self.config.policy(task)
+            rows.append(provisional_rows(task, column, examples, probability, policy, late_share))
+            rows.append(mature_rows(task, column, closed, probability))
+            keys = features["segment_key"][closed.slot]
             self.segments.update(task, keys, closed.label, probability[closed.slot, column])
+        self.progressive.update(rows, features)
 
     def _learn(self, task: Task, column: int, examples: Examples) -> int:
         if len(examples) == 0:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any, Literal
 
@@ -17,9 +18,19 @@ from pipelines.duration import HOUR_MS
 from pipelines.joined import Closed, Examples
 from pipelines.label_news import FIRST
 
-__all__ = ["MATURITIES", "Maturity", "ProgressiveQuality", "provisional_weights"]
+__all__ = [
+    "MATURITIES",
+    "JudgedRows",
+    "Maturity",
+    "ProgressiveQuality",
+    "mature_rows",
+    "provisional_rows",
+    "provisional_weights",
+]
 
+Array = NDArray[Any]
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 Maturity = Literal["mature", "provisional"]
 MATURITIES: tuple[Maturity, ...] = ("mature", "provisional")
 
@@ -57,6 +68,54 @@ def provisional_weights(
     return positive / times, negative / times
 
 
+@dataclass(frozen=True)
+class JudgedRows:
+    """Rows of one task and maturity that have a prediction, all (n,): see `quality_amounts`."""
+
+    maturity: Maturity
+    task: str
+    column: int
+    slot: Ints
+    hour: Ints
+    positive: Floats
+    negative: Floats
+    is_positive: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.slot)
+
+
+def mature_rows(task: str, column: int, closed: Closed, probability: Array) -> JudgedRows:
+    """Windows of a task that closed in one step; those without a prediction are left out.
+
+    ``probability`` is the joiner's column of what was predicted, (slots, tasks).
+    """
+    known = np.isfinite(probability[closed.slot, column])
+    label, hour = closed.label[known], closed.event_time[known] // HOUR_MS
+    return JudgedRows("mature", task, column, closed.slot[known], hour, label, 1.0 - label, label > 0)
+
+
+def provisional_rows(
+    task: str, column: int, examples: Examples, probability: Array, policy: str, late_share: Floats
+) -> JudgedRows:
+    """Rows of a task that are learned from in one step; parameters as `provisional_weights`."""
+    own = probability[examples.slot, column].astype(np.float64)
+    known = np.isfinite(own)
+    if policy == "relabel":
+        known &= examples.kind == FIRST
+    if policy == "wait":
+        known[:] = False
+    label, weight = examples.label[known], examples.weight[known]
+    positive, negative = weight, weight
+    if len(label):
+        positive, negative = provisional_weights(policy, label, own[known], late_share[known])
+    hour = examples.known_at[known] // HOUR_MS
+    slot = examples.slot[known]
+    return JudgedRows(
+        "provisional", task, column, slot, hour, weight * positive, weight * negative, label > 0
+    )
+
+
 class ProgressiveQuality:
     """Sums by maturity, task, hour and predictor; predictions are those made when impressions arrived.
 
@@ -76,60 +135,33 @@ class ProgressiveQuality:
         # By maturity, task and hour: sums of each predictor, shape (predictors, 9).
         self._sums: dict[tuple[str, str, int], Floats] = {}
 
-    def update(self, task: str, column: int, closed: Closed, features: dict[str, NDArray[Any]]) -> None:
-        """Add the windows of a task that closed in one step; windows without a prediction are left out."""
-        slot = closed.slot
-        known = _predicted(features, slot, column)
-        if not known.any():
+    def update(self, rows: Sequence[JudgedRows], features: dict[str, Array]) -> None:
+        """Add rows of one step, all at once: most of the time goes to calls, not to rows."""
+        rows = [part for part in rows if len(part)]
+        if not rows:
             return
-        label = closed.label[known]
-        self._add(
-            "mature",
-            task,
-            closed.event_time[known] // HOUR_MS,
-            (label, 1.0 - label, label > 0),
-            _predictions(features, slot[known], column),
+        slot = np.concatenate([part.slot for part in rows])
+        column = np.repeat([part.column for part in rows], [len(part) for part in rows])
+        amounts = quality_amounts(
+            np.concatenate([part.positive for part in rows]),
+            np.concatenate([part.negative for part in rows]),
+            np.concatenate([part.is_positive for part in rows]),
+            _predictions(features, slot, column),
         )
+        start = 0
+        for part in rows:
+            self._add(part, amounts[:, :, start : start + len(part)])
+            start += len(part)
 
-    def learn(
-        self,
-        task: str,
-        column: int,
-        examples: Examples,
-        features: dict[str, NDArray[Any]],
-        policy: str,
-        late_share: Floats,
-    ) -> None:
-        """Add the rows of a task that are learned from in one step; parameters as `provisional_weights`."""
-        if policy == "wait":
-            return
-        known = _predicted(features, examples.slot, column)
-        if policy == "relabel":
-            known &= examples.kind == FIRST
-        if not known.any():
-            return
-        predictions = _predictions(features, examples.slot[known], column)
-        label, weight = examples.label[known], examples.weight[known]
-        positive, negative = provisional_weights(policy, label, predictions[0], late_share[known])
-        hours, entries = examples.known_at[known] // HOUR_MS, len(self._sums)
-        self._add("provisional", task, hours, (weight * positive, weight * negative, label > 0), predictions)
-        if len(self._sums) > entries:
-            self._forget(task)
-
-    def _add(
-        self,
-        maturity: Maturity,
-        task: str,
-        hours: NDArray[np.int64],
-        stands_for: tuple[Floats, Floats, NDArray[np.bool_]],
-        predictions: Floats,
-    ) -> None:
-        amounts = quality_amounts(*stands_for, predictions)
-        first, last = int(hours.min()), int(hours.max())
-        for hour in [first] if first == last else np.unique(hours).tolist():
-            own = amounts if first == last else amounts[:, :, hours == hour]
-            key, sums = (maturity, task, hour), own.sum(axis=2)
+    def _add(self, rows: JudgedRows, amounts: Floats) -> None:
+        first, last = int(rows.hour.min()), int(rows.hour.max())
+        entries = len(self._sums)
+        for hour in [first] if first == last else np.unique(rows.hour).tolist():
+            own = amounts if first == last else amounts[:, :, rows.hour == hour]
+            key, sums = (rows.maturity, rows.task, hour), own.sum(axis=2)
             self._sums[key] = self._sums[key] + sums if key in self._sums else sums
+        if rows.maturity == "provisional" and len(self._sums) > entries:
+            self._forget(rows.task)
 
     def _forget(self, task: str) -> None:
         """Drop provisional hours of a task that are too old."""
@@ -179,19 +211,10 @@ class ProgressiveQuality:
         return progressive
 
 
-def _predicted(features: dict[str, NDArray[Any]], slot: NDArray[np.int64], column: int) -> NDArray[np.bool_]:
-    """Which rows were predicted when they arrived."""
-    if len(slot) == 0 or "probability" not in features:
-        return np.zeros(len(slot), np.bool_)
-    return np.asarray(np.isfinite(features["probability"][slot, column]), np.bool_)
-
-
-def _predictions(features: dict[str, NDArray[Any]], slot: NDArray[np.int64], column: int) -> Floats:
+def _predictions(features: dict[str, Array], slot: Ints, column: Ints) -> Floats:
     """Probabilities, shape (predictors, n)."""
-    return np.stack(
-        [
-            features["probability"][slot, column].astype(np.float64),
-            sigmoid(features["logit"][slot, column].astype(np.float64)),
-            sigmoid(features["teacher_logit"][slot, column].astype(np.float64)),
-        ]
-    )
+    found = np.empty((3, len(slot)))
+    for row, name in zip(found, ("probability", "logit", "teacher_logit"), strict=True):
+        row[:] = features[name][slot, column]
+    found[1:] = sigmoid(found[1:])
+    return found

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from jobs.online import OnlineLoop
-from jobs.progressive import ProgressiveQuality, provisional_weights
+from jobs.progressive import ProgressiveQuality, mature_rows, provisional_rows, provisional_weights
 from jobs.worker_tracking import WorkerTracking
 from models.base import sigmoid
 from monitoring.quality import QualitySums
@@ -58,12 +58,23 @@ def features_of(probability: NDArray[np.float64]) -> dict[str, NDArray[Any]]:
     return {"probability": probability[:, None], "logit": logit - 1.0, "teacher_logit": logit + 1.0}
 
 
+def learn(
+    quality: ProgressiveQuality,
+    rows: Examples,
+    features: dict[str, NDArray[Any]],
+    policy: str,
+    late_share: NDArray[np.float64],
+) -> None:
+    judged = provisional_rows("click", 0, rows, features["probability"], policy, late_share)
+    quality.update([judged], features)
+
+
 @pytest.mark.parametrize(
     "policy", ["vanilla", "fnw", "fnc", "esdfm", "defer", "defuse", "bidefuse", "relabel"]
 )
 def test_provisional_figures_of_a_true_model_are_those_of_final_labels(policy: str) -> None:
     quality, rows = ProgressiveQuality(), examples_of(said(policy, P, LATE))
-    quality.learn("click", 0, rows, features_of(P), policy, np.full(len(rows), LATE))
+    learn(quality, rows, features_of(P), policy, np.full(len(rows), LATE))
     sums = quality.totals("click", "student", "provisional")
     figures = sums.value()
     assert sums.weight_sum == pytest.approx(len(P))
@@ -79,14 +90,14 @@ def test_provisional_figures_of_a_true_model_are_those_of_final_labels(policy: s
 def test_provisional_figures_of_a_wrong_model_show_it() -> None:
     p, e = np.full(len(P), 0.05), 0.5
     quality, rows = ProgressiveQuality(), examples_of(said("fnw", p, LATE))
-    quality.learn("click", 0, rows, features_of(p * (1 + e)), "fnw", np.full(len(rows), LATE))
+    learn(quality, rows, features_of(p * (1 + e)), "fnw", np.full(len(rows), LATE))
     pcoc = quality.totals("click", "student", "provisional").value()["pcoc"]
     assert pcoc == pytest.approx((1 + e) * (1 - 0.05 * e))
 
 
 def test_labels_that_are_final_when_learned_are_not_provisional() -> None:
     quality, rows = ProgressiveQuality(), examples_of([(FIRST, 1.0, P), (FIRST, 0.0, 1 - P)])
-    quality.learn("click", 0, rows, features_of(P), "wait", np.full(len(rows), LATE))
+    learn(quality, rows, features_of(P), "wait", np.full(len(rows), LATE))
     assert quality.state() == []
 
 
@@ -94,7 +105,7 @@ def test_rows_that_were_not_predicted_on_arrival_are_left_out() -> None:
     quality, features = ProgressiveQuality(), features_of(P)
     features["probability"][1] = np.nan
     rows = examples_of(said("esdfm", P, LATE))
-    quality.learn("click", 0, rows, features, "esdfm", np.full(len(rows), LATE))
+    learn(quality, rows, features, "esdfm", np.full(len(rows), LATE))
     assert quality.totals("click", "student", "provisional").weight_sum == pytest.approx(2.0)
 
 
@@ -102,7 +113,7 @@ def test_provisional_hours_are_of_what_was_known_then_and_leave_after_a_day() ->
     quality = ProgressiveQuality()
     for hour in (100, 101, 103, 126):
         rows = examples_of(said("fnw", P, LATE), known_at=hour * HOUR_MS + 5)
-        quality.learn("click", 0, rows, features_of(P), "fnw", np.full(len(rows), LATE))
+        learn(quality, rows, features_of(P), "fnw", np.full(len(rows), LATE))
     kept = [(task, start // HOUR_MS) for task, start, name, _ in quality.hours("provisional")]
     assert sorted(set(kept)) == [("click", 103), ("click", 126)]
     again = ProgressiveQuality.from_state(json.loads(json.dumps(quality.state())))
@@ -116,7 +127,8 @@ def test_mature_sums_are_those_of_the_rows_one_by_one() -> None:
     label, p = rng.random(n) < 0.3, rng.random(n)
     closed = Closed(np.arange(n), label.astype(float), np.arange(n) * (HOUR_MS // 20), np.zeros(n, np.int64))
     quality = ProgressiveQuality()
-    quality.update("click", 0, closed, features_of(p))
+    features = features_of(p)
+    quality.update([mature_rows("click", 0, closed, features["probability"])], features)
     expected = QualitySums()
     expected.update(label, p)
     found = quality.totals("click", "student").state()
