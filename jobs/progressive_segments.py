@@ -51,17 +51,20 @@ class _Table:
         self.other = np.zeros(5)
 
     def add(self, key: Ints, amounts: Floats, maximum: int) -> None:
-        found, group = np.unique(key, return_inverse=True)
-        place = np.searchsorted(self.key, found)
-        is_new = np.append(self.key, 0)[place] != found
-        is_new |= place == len(self.key)
+        place = np.searchsorted(self.key, key)
+        is_new = place == len(self.key)
+        if len(self.key):
+            is_new |= self.key[np.minimum(place, len(self.key) - 1)] != key
         if is_new.any():
-            self.key = np.insert(self.key, place[is_new], found[is_new])
-            self.sums = np.insert(self.sums, place[is_new], 0.0, axis=1)
-            place = np.searchsorted(self.key, found)
-        # One count over five blocks of groups instead of five counts.
-        flat = (group + len(found) * np.arange(5)[:, None]).ravel()
-        self.sums[:, place] += np.bincount(flat, amounts.ravel(), 5 * len(found)).reshape(5, -1)
+            unknown = np.unique(key[is_new])
+            before = np.searchsorted(self.key, unknown)
+            self.key = np.insert(self.key, before, unknown)
+            self.sums = np.insert(self.sums, before, 0.0, axis=1)
+            place = np.searchsorted(self.key, key)
+        # One count over five blocks of places instead of five counts.
+        kept = len(self.key)
+        flat = (place + kept * np.arange(5)[:, None]).ravel()
+        self.sums += np.bincount(flat, amounts.ravel(), 5 * kept).reshape(5, kept)
         if len(self.key) > maximum:
             self._make_room(int(_KEPT_SHARE * maximum))
 
@@ -117,7 +120,7 @@ class SegmentQuality:
         keys, label, p = keys[known], label[known], probability[known].astype(np.float64)
         inside = clipped(p)
         loss = -np.log(inside) * label - np.log(1.0 - inside) * (1.0 - label)
-        amounts = np.stack([np.ones(len(p)), label, p, loss, p * (1.0 - p)])
+        amounts = np.array([np.ones(len(p)), label, p, loss, p * (1.0 - p)])
         for name, key in zip(self.names, keys.T, strict=True):
             self._tables.setdefault((task, name), _Table()).add(key, amounts, self.maximum)
 
