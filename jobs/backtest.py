@@ -226,7 +226,7 @@ def _warm_up(plan: _Plan, loop: OnlineLoop) -> tuple[FirstReleases, dict[str, st
         late_share=warm_up.late_share,
         delay=warm_up.delay,
     )
-    loop.begin(first.students(), first.calibrators(), first.teachers(), first.late_share, first.delay)
+    first.begin(loop)
     plan.clock.lap("train")
     return first, dict(trained.skipped)
 

@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from calibration.chain import CalibrationChain
 from jobs.prepared import StepEvents, Teacher
-from jobs.progressive import ProgressiveQuality
+from jobs.progressive import JudgedRows, ProgressiveQuality, mature_rows, provisional_rows
+from jobs.progressive_segments import SegmentQuality
+from jobs.teacher_age import TeacherAge
 from models.base import sigmoid
 from models.late_head import LateHead
 from models.losses import policy_weights
@@ -98,8 +100,9 @@ class OnlineLoop:
 
         predicted = predict(impressions)         # before anything of this step is learned
         joined = joiner.process(events)          # what has become known
+        judge(joined)                            # what was predicted when the impression arrived
         learn(joined.examples + replay)
-        calibrate(joined.examples)               # on what was predicted when the impression arrived
+        calibrate(joined.examples)               # on the same predictions
 
     The state after a step depends on the events and on where the steps were cut, on nothing else.
     """
@@ -127,6 +130,8 @@ class OnlineLoop:
         self.accounting = Accounting()
         self.read = dict.fromkeys(KINDS, 0)
         self.progressive = ProgressiveQuality()
+        self.segments = SegmentQuality(())
+        self.teacher = TeacherAge(config.distillation.max_age)
         self.step_number = 0
         self.clock = -1
         self.last_event_time = -1
@@ -137,12 +142,12 @@ class OnlineLoop:
         """Advance by one step of events."""
         predicted = self._predict(events)
         joined = self._join(events, predicted)
+        self._judge(joined)
         learned = 0
         for column, task in enumerate(self.tasks):
             index = TASKS.index(task)
             learned += self._learn(task, column, joined.examples[index])
             self._calibrate(task, column, joined.examples[index])
-            self.progressive.update(task, column, joined.closed[index], self.joiner.features)
         for task in self.replay:
             self._remember(task, joined.examples[TASKS.index(task)])
         self._account(events, joined)
@@ -159,6 +164,9 @@ class OnlineLoop:
         teachers: Mapping[Task, Teacher],
         late_share: Mapping[Task, float] | None = None,
         delay: Mapping[Task, DelayCurve] | None = None,
+        *,
+        taught_until: int | None = None,
+        segments: tuple[str, ...] = (),
     ) -> None:
         """End the warm-up: from the next step on, predict and learn.
 
@@ -169,13 +177,16 @@ class OnlineLoop:
 
         ``late_share`` is, by task, the share of the outcomes that come after the observation window (1 where
         it is not known); ``delay`` says how late they come (policy ``relabel``; without it no row is taken to
-        be young).
+        be young). ``taught_until`` is the newest event that the teachers have learned (ms; None: they do not
+        grow too old); ``segments`` names the columns of ``segment_key``.
         """
         self.tasks = tuple(students)
         self.students, self.calibrators = dict(students), dict(calibrators)
         self.frozen = {task: student.frozen_digest() for task, student in students.items()}
         self.late_share = dict.fromkeys(self.tasks, 1.0) | dict(late_share or {})
         self.delay = dict(delay or {})
+        self.teacher = TeacherAge(self.config.distillation.max_age, taught_until)
+        self.segments = SegmentQuality(segments)
         self.late_heads = {
             task: LateHead(student.spec, student.config, self.late_share[task])
             for task, student in students.items()
@@ -233,6 +244,22 @@ class OnlineLoop:
         self.clock = max(self.clock, events.clock)
         return self.joiner.process(arrivals, events.clicks, events.conversions, self.clock)
 
+    def _judge(self, joined: Joined) -> None:
+        """Add to the progressive figures; nothing that is learned depends on them."""
+        features, rows = self.joiner.features, list[JudgedRows]()
+        if "probability" not in features:
+            return
+        probability = features["probability"]
+        for column, task in enumerate(self.tasks):
+            closed, examples = joined.closed[TASKS.index(task)], joined.examples[TASKS.index(task)]
+            late_share = self._late_share(task, examples.elapsed)
+            policy = self.config.policy(task)
+            rows.append(provisional_rows(task, column, examples, probability, policy, late_share))
+            rows.append(mature_rows(task, column, closed, probability))
+            keys = features["segment_key"][closed.slot]
+            self.segments.update(task, keys, closed.label, probability[closed.slot, column])
+        self.progressive.update(rows, features)
+
     def _learn(self, task: Task, column: int, examples: Examples) -> int:
         if len(examples) == 0:
             return 0
@@ -240,7 +267,8 @@ class OnlineLoop:
         columns = self._columns(task, examples)
         self._see(task, columns, int(examples.known_at[-1]))
         teacher = features["teacher_logit"][examples.slot, column]
-        columns["teacher_logit"] = np.where(columns["first"], teacher, np.nan).astype(np.float64)
+        is_taught = columns["first"] & self.teacher.teaches(examples.event_time)
+        columns["teacher_logit"] = np.where(is_taught, teacher, np.nan).astype(np.float64)
         wanted = round(config.replay.ratio * len(examples))
         again = self.replay[task].draw(wanted, int(examples.known_at[-1]), self.step_number)
         if again is not None:

@@ -88,6 +88,7 @@ def _rest_of_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
         "frozen": _checked_frozen(loop),
         "replay": {},
     }
+    arrays.update({f"segments/{name}": values for name, values in loop.segments.state().items()})
     for task, replay in loop.replay.items():
         # By reference: what the buffer holds is replaced, never written to.
         columns, plain["replay"][task] = replay.state()
@@ -127,6 +128,7 @@ def load_loop_state(loop: OnlineLoop, arrays: Arrays, plain: dict[str, Any]) -> 
     loop.read = dict(plain["read"])
     loop.accounting = Accounting.from_state(plain["accounting"])
     loop.progressive = ProgressiveQuality.from_state(plain["progressive"])
+    loop.segments.load_state(under(arrays, "segments/"))
     for task, student in loop.students.items():
         student.load_state(under(arrays, f"student/{task}/"))
         if not student.frozen_digest() == plain["frozen"][task] == loop.frozen[task]:

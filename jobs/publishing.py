@@ -102,6 +102,18 @@ class FirstReleases:
         """Fresh copies of the first students' calibrators."""
         return {task: chain.copy() for task, chain in self.student.calibrators.items()}
 
+    def begin(self, loop: OnlineLoop) -> None:
+        """End the warm-up of a loop: it goes on from these models."""
+        loop.begin(
+            self.students(),
+            self.calibrators(),
+            self.teachers(),
+            self.late_share,
+            self.delay,
+            taught_until=self.teacher.last_event_time,
+            segments=tuple(self.student.segments),
+        )
+
     def students(self) -> dict[Task, Student]:
         """Fresh students with the release's weights."""
         loaded = Release.load(self.student.path).models

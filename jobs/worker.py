@@ -290,13 +290,7 @@ class Worker:
 
     def _begin_loop(self) -> None:
         """From here on the loop predicts and learns."""
-        self.loop.begin(
-            self.first.students(),
-            self.first.calibrators(),
-            self._frozen.teachers,
-            self.first.late_share,
-            self.first.delay,
-        )
+        self.first.begin(self.loop)
 
     def _restore(self) -> Checkpoint | None:
         checkpoint = self.store.load()

@@ -6,6 +6,7 @@ waits for, a loop that is running.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from prometheus_client.registry import Collector
 
 from jobs.freshness_histogram import FreshnessHistogram
 from jobs.produced_times import RESOLUTION_MS
+from jobs.progressive import MATURITIES
 from jobs.release_manifest import parse_name
 from monitoring.stall import LagWatch, StallWatch
 from pipelines.config_sections import StreamConfig
@@ -39,6 +41,7 @@ log = logging.getLogger(__name__)
 STAGES = ("joined", "learned", "committed", "published")
 _UPDATE_EVERY_S = 1.0
 _WINDOWS_H = (1, 24)
+_WORST_SEGMENTS = 20
 
 
 def parse_address(text: str) -> tuple[str, int]:
@@ -131,7 +134,7 @@ class WorkerMetrics(Collector):
         if self._is_on:
             speed = (rows - self._last_rows) / since if since else 0.0
             self._families = [*_consumption(lag, speed, is_stalled, is_behind), *_progress(worker)]
-            self._families += [*_rows(worker), *_quality(worker), *_breaker(worker)]
+            self._families += [*_rows(worker), *_quality(worker), *_segments(worker), *_breaker(worker)]
         self._last_update, self._last_rows = now, rows
 
     def collect(self) -> Iterator[Metric]:
@@ -220,20 +223,32 @@ def _rows(worker: Worker) -> Iterator[Metric]:
 
 
 def _quality(worker: Worker) -> Iterator[Metric]:
-    labels = ["task", "predictor", "hours"]
+    labels = ["task", "predictor", "maturity", "hours"]
     families = {
-        "rows": GaugeMetricFamily("ctrstream_quality_rows", "Windows that closed", labels=labels),
+        "rows": GaugeMetricFamily("ctrstream_quality_rows", "Windows, or rows, judged", labels=labels),
         "ne": GaugeMetricFamily("ctrstream_quality_ne", "Log loss over base-rate entropy", labels=labels),
         "pcoc": GaugeMetricFamily("ctrstream_quality_pcoc", "Predicted over observed", labels=labels),
     }
-    for hours in _WINDOWS_H:
-        for (task, predictor), sums in worker.loop.progressive.trailing(hours).items():
+    for hours, maturity in itertools.product(_WINDOWS_H, MATURITIES):
+        for (task, predictor), sums in worker.loop.progressive.trailing(hours, maturity).items():
             figures = sums.value()
             for name, family in families.items():
                 value = figures[name]
                 if value is not None:
-                    family.add_metric([task, predictor, str(hours)], value)
+                    family.add_metric([task, predictor, maturity, str(hours)], value)
     yield from families.values()
+
+
+def _segments(worker: Worker) -> Iterator[Metric]:
+    labels = ["task", "field", "key"]
+    z = GaugeMetricFamily("ctrstream_segment_z", "Observed less predicted, in standard errors", labels=labels)
+    pcoc = GaugeMetricFamily("ctrstream_segment_pcoc", "Predicted over observed", labels=labels)
+    rows = GaugeMetricFamily("ctrstream_segment_rows", "Windows that closed", labels=labels)
+    for one in worker.loop.segments.worst(_WORST_SEGMENTS):
+        for family, value in ((z, one.z), (pcoc, one.pcoc), (rows, one.rows)):
+            if value is not None:
+                family.add_metric([one.task, one.field, one.key], value)
+    yield from (z, pcoc, rows)
 
 
 def _breaker(worker: Worker) -> Iterator[Metric]:

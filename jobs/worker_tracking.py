@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.online import OnlineLoop
+from jobs.progressive import Maturity, ProgressiveQuality
 from jobs.publish_decision import Decision
 from jobs.release_manifest import parse_name
 from jobs.tracking_outbox import TrackingOutbox
@@ -14,6 +15,7 @@ from pipelines.duration import HOUR_MS
 
 __all__ = ["WorkerTracking"]
 
+_PREFIXES: dict[Maturity, str] = {"mature": "quality", "provisional": "quality/provisional"}
 _FIGURES = ("rows", "positives", "log_loss", "ne", "pcoc")
 _GATE_FIGURES = ("rows", "log_loss", "second_log_loss", "worse_z", "pcoc", "level_z")
 Metric = tuple[str, float, int, int]
@@ -49,7 +51,7 @@ class WorkerTracking:
             key=f"worker/{state.name}",
         )
         self._run.log_params(config.model_dump(mode="json"))
-        self._logged_rows: dict[tuple[str, int, str], int] = {}
+        self._logged_rows: dict[tuple[str, str, int, str], int] = {}
 
     def committed(self, loop: OnlineLoop, figures: dict[str, float]) -> None:
         """Log what has changed since the last commit; ``figures`` are the worker's own, such as lag."""
@@ -57,17 +59,23 @@ class WorkerTracking:
         metrics: list[Metric] = [(f"lag/{name}", value, hour, loop.clock) for name, value in figures.items()]
         for name, rows in loop.accounting.by_class().items():
             metrics.append((f"rows/{name}", float(rows), hour, loop.clock))
-        for task, start, predictor, found in loop.progressive.hours():
-            key = (task, start, predictor)
+        for maturity, prefix in _PREFIXES.items():
+            metrics += self._quality(loop.progressive, maturity, prefix)
+        self._run.log_metrics(metrics)
+
+    def _quality(self, progressive: ProgressiveQuality, maturity: Maturity, prefix: str) -> list[Metric]:
+        metrics: list[Metric] = []
+        for task, start, predictor, found in progressive.hours(maturity):
+            key = (maturity, task, start, predictor)
             if self._logged_rows.get(key) == found["rows"]:
                 continue
             self._logged_rows[key] = found["rows"]
             metrics += [
-                (f"quality/{task}/{predictor}/{name}", float(found[name]), start // HOUR_MS, start)
+                (f"{prefix}/{task}/{predictor}/{name}", float(found[name]), start // HOUR_MS, start)
                 for name in _FIGURES
                 if found[name] is not None
             ]
-        self._run.log_metrics(metrics)
+        return metrics
 
     def decided(self, decision: Decision, releases: Path) -> None:
         """Log a decision of the gate, step by step of the loop, and move the aliases that it moves."""

@@ -248,9 +248,14 @@ class ReplayConfig(Section):
 
 
 class DistillationConfig(Section):
-    """Weight of the cross entropy to the teacher, beside 1 for the log loss."""
+    """Weight of the cross entropy to the teacher, beside 1 for the log loss, and how old a teacher may be.
+
+    Rows more than ``max_age`` younger than the newest event that the teacher has learned are not distilled.
+    A week: traffic repeats itself by the week, so up to then the teacher has seen each of its days.
+    """
 
     weight: float = Field(default=0.2, ge=0)
+    max_age: Duration | Literal["off"] = 7 * 86_400_000
 
 
 class CalibrationConfig(Section):

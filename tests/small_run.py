@@ -74,8 +74,7 @@ class SmallRun:
 
     def begun(self, loop: OnlineLoop) -> OnlineLoop:
         """A loop whose warm-up ends here."""
-        first = self.backtest.first
-        loop.begin(first.students(), first.calibrators(), first.teachers(), first.late_share, first.delay)
+        self.backtest.first.begin(loop)
         return loop
 
     @property

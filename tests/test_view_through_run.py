@@ -69,7 +69,7 @@ def test_the_loop_restored_goes_on_to_the_same_bits(run: tuple[Backtest, EventFi
     backtest, _, config = run
     arrays, plain = loop_state(backtest.loop)
     restored, first = OnlineLoop(config), backtest.first
-    restored.begin(first.students(), first.calibrators(), first.teachers(), first.late_share, first.delay)
+    first.begin(restored)
     load_loop_state(restored, arrays, json.loads(json.dumps(plain)))
     again, plain_again = loop_state(restored)
     assert plain_again == plain

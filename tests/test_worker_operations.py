@@ -560,7 +560,7 @@ def test_metrics_say_what_the_worker_knows_and_the_documents_list_them(
     (sums,) = [
         sums for key, sums in worker.loop.progressive.trailing(24).items() if key == ("click", "student")
     ]
-    ne = page.value("ctrstream_quality_ne", task="click", predictor="student", hours="24")
+    ne = page.value("ctrstream_quality_ne", task="click", predictor="student", maturity="mature", hours="24")
     assert ne == pytest.approx(sums.value()["ne"])
     told = (DOCS / "operations.md").read_text()
     assert set(re.findall(r"^\| `(ctrstream_\w+?)(?:_total)?`", told, re.MULTILINE)) == set(page)
