@@ -139,13 +139,17 @@ class WorkerPublishing:
             self._produced = {}
 
     def _cut_release(self, learned: Learned, epoch: int, digest: str | None, decision: Decision) -> None:
+        current = pointed(self._releases, CURRENT)
+        if current == decision.candidate:
+            # One that has lost the lease, and does not know it yet, has been faster: it is the same state.
+            return
         produced = {"resolution_ms": RESOLUTION_MS, "counts": sorted(self._produced.items())}
         publish_student(
             self._releases,
             learned,
             self._first,
             epoch=epoch,
-            parent=pointed(self._releases, CURRENT) or self._first.student.name,
+            parent=current or self._first.student.name,
             extra={
                 "state_digest": digest,
                 "published_at": round(self._clock() * 1000),

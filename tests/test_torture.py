@@ -133,13 +133,16 @@ def test_with_mlflow_away_the_worker_learns_on_and_keeps_what_it_has_to_tell(
 
 
 def wait_for_outcome(life: Life, digest: str) -> None:
-    deadline = time.monotonic() + 60
+    """Until all is committed, and the last thing that MLflow is to hear has been said."""
+    deadline, before = time.monotonic() + 60, ""
     while time.monotonic() < deadline:
         manifest = life.committed()
         told = life.folder / "state" / "outbox" / "outbox.jsonl"
-        if manifest and manifest["digest"] == digest and '"register"' in told.read_text():
+        said = told.read_text().splitlines()[-1] if told.exists() and told.stat().st_size else ""
+        if manifest and manifest["digest"] == digest and '"op":"register"' in said and said == before:
             return
-        time.sleep(0.02)
+        before = said
+        time.sleep(1.0)
     raise AssertionError(life.said())
 
 
