@@ -92,9 +92,9 @@ def run_worker(config: Config, releases: Path, state: Path) -> Run:
     worker = Worker(config, releases, state, until_end=True)
     begin, commit = worker.loop.begin, worker.commits.commit
 
-    def timed_begin(*given: Any) -> None:
+    def timed_begin(*given: Any, **named: Any) -> None:
         began[:] = [time.perf_counter(), sum(worker.loop.read.values())]
-        begin(*given)
+        begin(*given, **named)
 
     def timed_commit(*given: Any) -> None:
         start = time.perf_counter()
