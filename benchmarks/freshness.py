@@ -65,7 +65,7 @@ class Watch(threading.Thread):
         began = time.monotonic()
         while not self._ended.wait(1.0):
             try:
-                found = {name: one.memory_info().rss / _MIB for name, one in self._processes.items()}
+                found = {name: _resident(one) for name, one in self._processes.items()}
             except psutil.NoSuchProcess:
                 return
             self.at.append(time.monotonic() - began)
@@ -76,6 +76,12 @@ class Watch(threading.Thread):
         """End and wait."""
         self._ended.set()
         self.join()
+
+
+def _resident(process: psutil.Process) -> float:
+    """MiB of a process and of those that it has started."""
+    parts = [process, *process.children(recursive=True)]
+    return sum(part.memory_info().rss for part in parts if part.is_running()) / _MIB
 
 
 def memory_lines(watch: Watch) -> list[str]:
