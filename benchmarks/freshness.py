@@ -81,7 +81,7 @@ class Watch(threading.Thread):
 def _resident(process: psutil.Process) -> float:
     """MiB of a process and of those that it has started."""
     parts = [process, *process.children(recursive=True)]
-    return sum(part.memory_info().rss for part in parts if part.is_running()) / _MIB
+    return float(sum(part.memory_info().rss for part in parts if part.is_running()) / _MIB)
 
 
 def memory_lines(watch: Watch) -> list[str]:
