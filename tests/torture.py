@@ -182,7 +182,7 @@ def with_a_corrupt_checkpoint(log: Log, folder: Path, files: Sequence[str]) -> T
                 life.corrupt(file)
                 found.met[f"{file} corrupt"] += 1
     found.end(life.finish(), log.reference)
-    if life.said().count("going back to the checkpoint before it") < len(files):
+    if life.said(0).count("going back to the checkpoint before it") < len(files):
         found.wrong.append(f"a corrupt checkpoint was not noticed: {life.said()[-600:]}")
     return found
 

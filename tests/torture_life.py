@@ -145,9 +145,9 @@ class Life:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
 
-    def said(self) -> str:
-        """End of the log of all processes."""
-        return (self.folder / "worker.log").read_text(errors="replace")[-4000:]
+    def said(self, end: int = 4000) -> str:
+        """End of the log of all processes, so many characters; 0 for all of it."""
+        return (self.folder / "worker.log").read_text(errors="replace")[-end:]
 
 
 def make_log(
