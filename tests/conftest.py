@@ -27,13 +27,10 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
 
 
 @pytest.fixture(autouse=True)
-def log_levels() -> Iterator[None]:
-    """A command that is run inside a test sets the levels of our loggers: for that test only."""
-    loggers = [logging.getLogger(name) for name in PACKAGES]
-    before = [logger.level for logger in loggers]
-    yield
-    for logger, level in zip(loggers, before, strict=True):
-        logger.setLevel(level)
+def log_levels() -> None:
+    """A command that is run inside a test, or a fixture, sets the levels of our loggers: not for others."""
+    for name in PACKAGES:
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")
