@@ -22,9 +22,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.learned_rows import LEARNED_SCHEMA
-from jobs.synced_files import sync_file, sync_folder
 from monitoring.accounting import KINDS, Accounting
 from pipelines.errors import SetupError, StaleStateError
+from pipelines.synced_files import sync_file, sync_folder
 
 __all__ = ["AuditLog", "CommitLine", "Tally", "learned_rows", "read_lines"]
 

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from jobs.synced_files import sync_folder, write_synced
 from pipelines.errors import SetupError
+from pipelines.synced_files import sync_folder, write_synced
 
 __all__ = ["Command", "Request", "forget_request", "read_request", "write_request"]
 

@@ -34,8 +34,8 @@ from jobs.checkpoint_head import Head
 from jobs.checkpoint_retention import needed, remove
 from jobs.state_digest import state_digest
 from jobs.state_mirror import StateMirror
-from jobs.synced_files import sync_folder
 from pipelines.errors import SetupError, StaleStateError
+from pipelines.synced_files import sync_folder
 from pipelines.table_rows import Array, TableRows
 
 __all__ = ["Checkpoint", "CheckpointStore", "state_digest"]

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from jobs.synced_files import sync_folder, write_synced
 from jobs.tensor_file import write_tensors
 from pipelines.errors import StaleStateError
+from pipelines.synced_files import sync_folder, write_synced
 
 __all__ = [
     "FORMAT",

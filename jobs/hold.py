@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from jobs.synced_files import sync_folder, write_synced
 from pipelines.errors import SetupError, StaleStateError
 from pipelines.events import DeadLetter, EventBlock
+from pipelines.synced_files import sync_folder, write_synced
 
 __all__ = ["HeldSegment", "HeldSteps", "Hold"]
 

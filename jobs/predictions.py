@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from jobs.online import Predicted
-from jobs.synced_files import sync_file, sync_folder
 from models.base import sigmoid
 from pipelines.errors import SetupError
+from pipelines.synced_files import sync_file, sync_folder
 
 __all__ = ["PREDICTION_SCHEMA", "PredictionLog"]
 

@@ -36,7 +36,6 @@ from jobs.release_pointer import (
     LAST_GOOD,
     TEACHER,
     TEMPORARY,
-    fsync_directory,
     garbage_collect,
     list_releases,
     point,
@@ -46,6 +45,7 @@ from pipelines.config import Task
 from pipelines.errors import DataError, SetupError, StaleStateError
 from pipelines.feature_spec import FeatureSpec
 from pipelines.features import Encoded, encode_rows
+from pipelines.synced_files import sync_folder, write_synced
 
 if TYPE_CHECKING:
     from calibration.chain import CalibrationChain
@@ -381,19 +381,16 @@ def _write_directory(target: Path, files: Mapping[str, bytes]) -> bool:
         for folder in {path.parent for path in paths}:
             folder.mkdir(parents=True, exist_ok=True)
         for path, content in paths.items():  # 1
-            with path.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
+            write_synced(path, content)
         for folder in {path.parent for path in paths}:  # 2
-            fsync_directory(folder)
+            sync_folder(folder)
         try:
             os.rename(temporary, target)  # 3
         except OSError:
             if target.is_dir():  # another writer was first
                 return False
             raise
-        fsync_directory(target.parent)
+        sync_folder(target.parent)
         return True
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

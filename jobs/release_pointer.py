@@ -19,6 +19,7 @@ from pathlib import Path
 
 from jobs.release_manifest import MANIFEST, parse_name
 from pipelines.errors import ConfigError, DataError, SetupError, StaleStateError
+from pipelines.synced_files import sync_folder, write_synced
 
 __all__ = [
     "ALIASES",
@@ -26,7 +27,6 @@ __all__ = [
     "LAST_GOOD",
     "TEACHER",
     "Pointer",
-    "fsync_directory",
     "garbage_collect",
     "list_releases",
     "point",
@@ -58,15 +58,6 @@ class Pointer:
 
     name: str
     rollback: bool = False
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def point(root: Path, alias: str, name: str, *, rollback: bool = False, only_from: str | None = None) -> bool:
@@ -224,11 +215,8 @@ def _exclusive(root: Path) -> Iterator[None]:
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, text.encode())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    fsync_directory(path.parent)
+    sync_folder(path.parent)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import quote
 
 from pipelines.errors import ConfigError, SetupError
+from pipelines.synced_files import sync_folder
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession
@@ -212,7 +213,7 @@ class LocalFolder:
             # Hadoop would hold the new content against the checksum of an old one.
             target.with_name(f".{target.name}.crc").unlink(missing_ok=True)
             yield scratch, target
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
         finally:
             scratch.unlink(missing_ok=True)
 
@@ -458,15 +459,7 @@ def _make_durably(folder: Path) -> None:
         return
     _make_durably(folder.parent)
     folder.mkdir(exist_ok=True)
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder.parent)
 
 
 def _configuration(spark: SparkSession) -> Any:

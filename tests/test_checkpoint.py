@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from jobs.checkpoint import CheckpointStore, state_digest
 from jobs.cli import cli
-from jobs.synced_files import write_synced
 from pipelines.errors import SetupError, StaleStateError
+from pipelines.synced_files import write_synced
 
 
 def arrays(step: int) -> dict[str, NDArray[Any]]:

@@ -264,7 +264,7 @@ KILLS: dict[str, Plant] = {
     "old checkpoint half removed": at(shutil, "rmtree", "before", _OLD_CHECKPOINT, half_removed),
     "old checkpoint removed": at(shutil, "rmtree", "after", _OLD_CHECKPOINT),
     "before the release": at(publishing, "write_release", "before"),
-    "release files written": at(jobs.release, "fsync_directory", "before"),
+    "release files written": at(jobs.release, "sync_folder", "before"),
     "release not renamed": at(os, "rename", "before", _RELEASES),
     "release written": at(publishing, "write_release", "after"),
     "CURRENT not moved": at(os, "replace", "before", is_current),
