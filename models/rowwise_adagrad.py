@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from models.table_optimizer import TableOptimizer
+from models.table_adagrad import TableAdagrad
 
 __all__ = ["RowwiseAdagrad"]
 
 
-class RowwiseAdagrad(TableOptimizer):
+class RowwiseAdagrad(TableAdagrad):
     """Adagrad whose sum of squares is one number a row: the mean over the row of the squared gradient.
 
     The slots of an embedding of 8 take a ninth of its memory and not half. For a table of single weights it
@@ -40,12 +40,6 @@ class RowwiseAdagrad(TableOptimizer):
     >>> [round(value, 4) for value in table[1].tolist()]
     [-0.02, -0.14]
     """
-
-    def __init__(self, table: Tensor, *, learning_rate: float, initial_accumulator: float, l2: float) -> None:
-        self._learning_rate = learning_rate
-        self._initial = initial_accumulator
-        self._l2 = l2
-        super().__init__(table)
 
     def first_slots(self, values: Tensor) -> dict[str, Tensor]:
         return {"accumulator": torch.full((len(values),), self._initial)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ def resized(table: Tensor, rows: int) -> Tensor:
     return copy
 
 
-class TableOptimizer:
+class TableOptimizer(ABC):
     """An optimizer of one table; its state, the *slots*, is one entry or row for each row of the table.
 
     The gradients of a row are *summed* over the batch, not averaged: what one event does to the row of its
@@ -53,15 +54,15 @@ class TableOptimizer:
         self._all_touched = True
         self._collected: list[dict[str, TableRows]] = []
 
+    @abstractmethod
     def first_slots(self, values: Tensor) -> dict[str, Tensor]:
         """Slots of rows that have learned nothing and stand at ``values``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def updated(
         self, old: Tensor, gradient: Tensor, slots: Mapping[str, Tensor]
     ) -> tuple[Tensor, Mapping[str, Tensor]]:
         """New values and slots of rows, from copies of the old ones and the sum of their gradients."""
-        raise NotImplementedError
 
     def reset(self) -> None:
         """Forget all gradients seen; the table is taken as it stands."""
