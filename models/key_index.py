@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from pipelines.hash_cells import EMPTY, fill_cells
+
 __all__ = ["KeyIndex"]
 
 Ints = NDArray[np.int64]
 
-_EMPTY = -1
+
 _LEAST_CELLS = 2048
 # Cells for each slot after a rebuild, and the load that makes the next one due.
 _CELLS_PER_KEY = 4
@@ -51,7 +53,7 @@ class KeyIndex:
         step = 0
         while len(rows):
             slot = self._cells[cell]
-            taken = (slot != _EMPTY).nonzero()[0]
+            taken = (slot != EMPTY).nonzero()[0]
             rows, cell, slot = rows[taken], cell[taken], slot[taken]
             is_hit = self.keys[slot] == flat[rows]
             found[rows[is_hit]] = slot[is_hit]
@@ -88,19 +90,11 @@ class KeyIndex:
         size = _LEAST_CELLS
         while size < _CELLS_PER_KEY * len(slots):
             size *= 2
-        self._cells = np.full(size, _EMPTY, np.int32)
+        self._cells = np.full(size, EMPTY, np.int32)
         self._mask = size - 1
         self._filled = 0
         self._fill(slots)
 
     def _fill(self, slots: Ints) -> None:
         self._filled += len(slots)
-        cell = self.keys[slots] & self._mask
-        step = 0
-        while len(slots):
-            is_empty = self._cells[cell] == _EMPTY
-            self._cells[cell[is_empty]] = slots[is_empty]
-            # Of several that wrote into one cell the others go on.
-            rest = (self._cells[cell] != slots).nonzero()[0]
-            step += 1
-            slots, cell = slots[rest], (cell[rest] + step) & self._mask
+        fill_cells(self._cells, slots, self.keys[slots] & self._mask)

@@ -8,6 +8,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from pipelines.hash_cells import EMPTY, fill_cells
 from pipelines.table_rows import Array, RowLog, TableRows
 
 __all__ = ["Keys", "SlotTable", "hash_ids"]
@@ -17,7 +18,7 @@ Flags = NDArray[np.bool_]
 # (n, 2): 128 bits an id. Of a billion open ids two share a hash with a chance of one in 10^20.
 Keys = NDArray[np.uint64]
 
-_EMPTY, _REMOVED = -1, -2
+_REMOVED = -2
 _FIRST_CAPACITY = 1024
 # Slots grow by a quarter: columns that are copied now and then cost less than memory that lies idle.
 _GROWTH = 1.25
@@ -156,21 +157,13 @@ class SlotTable:
         size = 2 * _FIRST_CAPACITY
         while size < _CELLS_PER_SLOT * slots:
             size *= 2
-        self._cells = np.full(size, _EMPTY, np.int32)
+        self._cells = np.full(size, EMPTY, np.int32)
         self._filled = 0
 
     def _fill(self, slots: Ints) -> None:
-        mask = len(self._cells) - 1
         self._filled += len(slots)
-        cell = (self.keys[slots, 0] & np.uint64(mask)).astype(np.int64)
-        step = 0
-        while len(slots):
-            is_empty = self._cells[cell] == _EMPTY
-            self._cells[cell[is_empty]] = slots[is_empty]
-            # Of several that wrote into one cell the others go on.
-            rest = (self._cells[cell] != slots).nonzero()[0]
-            step += 1
-            slots, cell = slots[rest], (cell[rest] + step) & mask
+        mask = np.uint64(len(self._cells) - 1)
+        fill_cells(self._cells, slots, (self.keys[slots, 0] & mask).astype(np.int64))
 
     def _cell_of(self, keys: Keys) -> Ints:
         mask = len(self._cells) - 1
@@ -180,7 +173,7 @@ class SlotTable:
         step = 0
         while len(rows):
             slot = self._cells[cell]
-            taken = (slot != _EMPTY).nonzero()[0]
+            taken = (slot != EMPTY).nonzero()[0]
             rows, cell, slot = rows[taken], cell[taken], slot[taken]
             # What was removed has no slot; the row of keys that -2 names is another's.
             is_hit = (self.keys[slot] == keys[rows]).all(1) & (slot >= 0)
