@@ -89,6 +89,7 @@ class PublishControl:
         self._check_lease, self._tell = check_lease, tell
         self._trial: _Trial | None = None
         self._loaded: dict[str, Release] = {}
+        self._sizes: dict[tuple[str, Task], dict[str, float]] = {}
         self._before: Decision | None = None
 
     # The evidence ------------------------------------------------------------------------------------------
@@ -229,8 +230,7 @@ class PublishControl:
             model = good.models.get(task)
             if broken or not isinstance(model, Student):
                 continue
-            before = weight_sizes({name: weight.numpy() for name, weight in model.weights.items()})
-            factors = growth(sizes, before)
+            factors = growth(sizes, self._sizes_of(good.name, task, model))
             if factors:
                 worst = max(factors, key=lambda name: factors[name])
                 grown[task] = factors[worst]
@@ -270,9 +270,17 @@ class PublishControl:
             self._loaded[name] = release
         return self._loaded[name]
 
+    def _sizes_of(self, name: str, task: Task, model: Student) -> dict[str, float]:
+        """Sizes of the tables and layers of a release that is loaded: it never changes."""
+        if (name, task) not in self._sizes:
+            weights = {layer: weight.numpy() for layer, weight in model.weights.items()}
+            self._sizes[name, task] = weight_sizes(weights)
+        return self._sizes[name, task]
+
     def _forget(self) -> None:
         wanted = {found.against for found in self.gate.rounds.values()} | {pointed(self._releases, LAST_GOOD)}
         self._loaded = {name: release for name, release in self._loaded.items() if name in wanted}
+        self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] in wanted}
 
     def _prove(self, looks: Mapping[Task, Look]) -> str | None:
         trial = self._trial
