@@ -11,9 +11,12 @@ import pytest
 from jobs.roots import PACKAGES
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pyspark.sql import SparkSession
 
     from jobs.broker import Broker
+    from tests.incident import Incident
     from tests.small_run import SmallRun
 
 
@@ -59,3 +62,19 @@ def dynamic_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     from tests.small_run import DYNAMIC, build_small_run
 
     return build_small_run(tmp_path_factory.mktemp("dynamic_run"), *DYNAMIC)
+
+
+@pytest.fixture(scope="session")
+def incident(small_run: SmallRun, broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Incident:
+    """A log in Kafka in which nobody clicks for twelve hours."""
+    from tests.incident import make_incident
+
+    return make_incident(small_run, broker, tmp_path_factory.mktemp("incident"))
+
+
+@pytest.fixture(scope="session")
+def tripped(incident: Incident, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a worker whose breaker has opened, and that has read all: to be copied."""
+    folder = tmp_path_factory.mktemp("tripped")
+    incident.worker(folder).run()
+    return folder

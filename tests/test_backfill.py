@@ -30,7 +30,8 @@ from pipelines.lake_offsets import find_offsets
 from pipelines.storage import open_folder
 from tests.kafka_logs import config_for, read_all, story, tables, write_log
 from tests.small_run import SmallRun
-from tests.test_worker import Killed, Produced, TickingClock, check_outputs, crash, finished, with_topics
+from tests.test_worker import check_outputs
+from tests.workers import Killed, Produced, TickingClock, crash, finished, with_topics
 
 if TYPE_CHECKING:
     from pyspark.sql import SparkSession

@@ -10,20 +10,16 @@ import pytest
 
 from jobs.broker import Broker
 from jobs.checkpoint import CheckpointStore
-from jobs.produce import produce
 from jobs.release import Release, list_releases, pointed
 from models.student import Student
 from tests.small_run import SmallRun
-from tests.test_worker import MOMENTS, Killed, Produced, crash, finished, with_topics
+from tests.test_worker import MOMENTS
+from tests.workers import Killed, Produced, crash, finished
 
 
 @pytest.fixture(scope="module")
 def produced(dynamic_run: SmallRun, broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Produced:
-    config = with_topics(dynamic_run.config, broker.bootstrap_servers, "dynamic-worker")
-    produce(dynamic_run.files, config)
-    reference = tmp_path_factory.mktemp("reference")
-    worker = Produced(dynamic_run, config, reference, "").worker(reference)
-    return Produced(dynamic_run, config, reference, finished(worker))
+    return Produced.to(broker, "dynamic-worker", dynamic_run, tmp_path_factory.mktemp("reference"))
 
 
 def ids_of(release: Release) -> set[int]:

@@ -26,7 +26,8 @@ from pipelines.kafka_source import KafkaSource
 from tests.kafka_logs import NOW, config_for, story
 from tests.small_run import SmallRun
 from tests.test_kafka_source import click
-from tests.test_worker import Produced, committed, finished, with_topics
+from tests.test_worker import committed
+from tests.workers import Produced, finished, with_topics
 
 EVENTS = ("impressions", "clicks", "conversions")
 

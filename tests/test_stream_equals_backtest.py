@@ -15,7 +15,7 @@ from jobs.predictions import PredictionLog
 from jobs.produce import produce
 from jobs.worker import Worker
 from tests.small_run import SmallRun
-from tests.test_worker import with_topics
+from tests.workers import with_topics
 
 _COMPARED = ("impression_id", "task", "predicted_at", "logit", "probability", "teacher_probability")
 

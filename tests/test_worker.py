@@ -12,8 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,77 +32,25 @@ from jobs.single_thread import use_one_thread
 from jobs.worker import Worker
 from monitoring.accounting import Accounting
 from pipelines.config import Config, dump_config
-from pipelines.config_sections import KafkaConfig, TopicsConfig
 from pipelines.errors import StaleStateError
-from pipelines.events import TOPICS
 from pipelines.kafka_client import make_admin, make_consumer
 from tests.small_run import SmallRun
+from tests.workers import (
+    Killed,
+    Plant,
+    Produced,
+    crash,
+    finished,
+    killed_at,
+    with_topics,
+)
 
 SEED = 20_260_105
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing of the worker runs after it."""
-
-
-class TickingClock:
-    """A wall clock that advances at each look, so that commits come every few steps on any machine."""
-
-    def __init__(self, seconds: float = 0.3) -> None:
-        self._ticks = itertools.count()
-        self._seconds = seconds
-
-    def __call__(self) -> float:
-        return 1_800_000_000 + next(self._ticks) * self._seconds
-
-
-def with_topics(config: Config, bootstrap_servers: str, prefix: str) -> Config:
-    topics = {name: f"{prefix}-{name}" for name in (*TOPICS, "dead_letters")}
-    kafka = KafkaConfig(bootstrap_servers=bootstrap_servers, topics=TopicsConfig(**topics), partitions=2)
-    return config.model_copy(update={"kafka": kafka})
-
-
-@dataclass(frozen=True)
-class Produced:
-    """A log in Kafka, and the digest of a worker that read it without a disturbance."""
-
-    small_run: SmallRun
-    config: Config
-    reference: Path
-    digest: str
-
-    def worker(self, folder: Path, **options: Any) -> Worker:
-        """A worker over ``folder``, which is made ready on the first call."""
-        releases = folder / "releases"
-        if not releases.exists():
-            self.small_run.first_releases(releases)
-        settings = {"until_end": True, "clock": TickingClock(), **options}
-        return Worker(settings.pop("config", self.config), releases, folder / "state", **settings)
-
-
-def finished(worker: Worker) -> str:
-    worker.run()
-    assert worker.digest is not None
-    return worker.digest
-
-
 @pytest.fixture(scope="module")
 def produced(small_run: SmallRun, broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Produced:
-    config = with_topics(small_run.config, broker.bootstrap_servers, "worker")
-    produce(small_run.files, config)
-    reference = tmp_path_factory.mktemp("reference")
-    worker = Produced(small_run, config, reference, "").worker(reference)
-    return Produced(small_run, config, reference, finished(worker))
-
-
-def crash(worker: Worker) -> None:
-    """Leave a worker as a kill would; its sockets are closed, as the system would close them.
-
-    A commit that was in flight comes to its end: it might have been killed just after that.
-    """
-    worker.commits.end()
-    worker._thread.finish()
-    worker.source.close()
+    return Produced.to(broker, "worker", small_run, tmp_path_factory.mktemp("reference"))
 
 
 def committed(folder: Path) -> dict[str, Any]:
@@ -221,8 +168,6 @@ def test_the_first_releases_outlive_garbage_collection(produced: Produced, tmp_p
 
 # Killed --------------------------------------------------------------------------------------------------
 
-Plant = Callable[[Worker, pytest.MonkeyPatch, int], None]
-
 
 def at_a_step(worker: Worker, patch: pytest.MonkeyPatch, after: int) -> None:
     step, calls = worker.loop.step, itertools.count()
@@ -235,41 +180,28 @@ def at_a_step(worker: Worker, patch: pytest.MonkeyPatch, after: int) -> None:
     patch.setattr(worker.loop, "step", killed)
 
 
-def _at(owner: Callable[[Worker], Any], name: str, *, before: bool) -> Plant:
-    def plant(worker: Worker, patch: pytest.MonkeyPatch, after: int) -> None:
-        target, calls = owner(worker), itertools.count()
-        original = getattr(target, name)
-
-        def killed(*given: Any, **named: Any) -> Any:
-            is_last = next(calls) == after
-            if is_last and before:
-                raise Killed
-            result = original(*given, **named)
-            if is_last:
-                raise Killed
-            return result
-
-        patch.setattr(target, name, killed)
-
-    return plant
-
-
 MOMENTS: dict[str, Plant] = {
     "in a step": at_a_step,
-    "after the dead letters are acknowledged": _at(
+    "after the dead letters are acknowledged": killed_at(
         lambda worker: worker.source, "publish_dead_letters", before=False
     ),
-    "after the dead letters are in the file": _at(lambda worker: worker.dead_letters, "append", before=False),
-    "before the predictions are written": _at(
+    "after the dead letters are in the file": killed_at(
+        lambda worker: worker.dead_letters, "append", before=False
+    ),
+    "before the predictions are written": killed_at(
         lambda worker: worker.predictions, "write_segment", before=True
     ),
-    "after the predictions are written": _at(
+    "after the predictions are written": killed_at(
         lambda worker: worker.predictions, "write_segment", before=False
     ),
-    "before the head moves": _at(lambda worker: worker.store, "_move_head", before=True),
-    "after the head has moved": _at(lambda worker: worker.store, "_move_head", before=False),
-    "before the release is written": _at(lambda worker: worker_publishing, "publish_student", before=True),
-    "after the release is published": _at(lambda worker: worker_publishing, "publish_student", before=False),
+    "before the head moves": killed_at(lambda worker: worker.store, "_move_head", before=True),
+    "after the head has moved": killed_at(lambda worker: worker.store, "_move_head", before=False),
+    "before the release is written": killed_at(
+        lambda worker: worker_publishing, "publish_student", before=True
+    ),
+    "after the release is published": killed_at(
+        lambda worker: worker_publishing, "publish_student", before=False
+    ),
 }
 
 
@@ -307,7 +239,7 @@ def test_a_release_that_a_kill_prevented_is_published_at_the_next_start(
 ) -> None:
     worker = produced.worker(tmp_path)
     with monkeypatch.context() as patch:
-        _at(lambda _: worker_publishing, "publish_student", before=True)(worker, patch, 1)
+        killed_at(lambda _: worker_publishing, "publish_student", before=True)(worker, patch, 1)
         patch.setattr(worker, "close", lambda: None)
         with pytest.raises(Killed):
             worker.run()

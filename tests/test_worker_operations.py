@@ -1,34 +1,22 @@
-"""The worker's breaker, audit and metrics on a real broker."""
+"""The worker's breaker on a real broker."""
 
 from __future__ import annotations
 
-import itertools
 import json
-import logging
 import multiprocessing
 import re
 import shutil
 import signal
 import time
-import urllib.request
-from collections.abc import Callable
-from concurrent.futures import wait
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import worker as worker_module
-from jobs.audit import audit_event, audit_rows
-from jobs.audit_log import read_lines
 from jobs.breaker_request import write_request
-from jobs.broker import Broker
 from jobs.checkpoint import CheckpointStore, state_digest
 from jobs.cli import cli
 from jobs.hold import HeldSegment
@@ -39,106 +27,12 @@ from jobs.state_head import head_state
 from jobs.worker import Worker
 from jobs.worker_breaker import BreakerCut
 from monitoring.accounting import Accounting
-from pipelines.config import Config
-from pipelines.config_sections import BreakerConfig
-from pipelines.errors import SetupError, StaleStateError
-from pipelines.event_files import EventFiles
-from tests.small_run import SmallRun
-from tests.test_worker import Killed, TickingClock, crash, run_worker, with_topics
+from pipelines.errors import StaleStateError
+from tests.incident import BREAKER, Incident, checked, run_cli
+from tests.test_worker import run_worker
+from tests.workers import Killed, crash, kill_in, with_topics
 
 SEED = 20_260_112
-DOCS = Path(__file__).parent.parent / "docs"
-# 3 days of 12 000 impressions: some 170 an hour, of which a tenth are clicked.
-BREAKER = BreakerConfig(
-    window=4 * 3_600_000,
-    min_impressions=200,
-    min_outcomes=5,
-    click_rate=(0.005, 0.9),
-    click_rate_change=(0.0, 1e9),
-    click_coverage=0.0,
-    null_rise=1.0,
-)
-
-
-@dataclass(frozen=True)
-class Incident:
-    """A log in Kafka in which nobody clicks for twelve hours, and a run over it without a breaker."""
-
-    small_run: SmallRun
-    files: EventFiles
-    config: Config
-    silent: tuple[int, int]
-    folder: Path
-    loop_digest: str
-
-    def worker(self, folder: Path, **options: Any) -> Worker:
-        releases = folder / "releases"
-        if not releases.exists():
-            self.small_run.first_releases(releases)
-        config = self.config.model_copy(update={"breaker": options.pop("breaker", BREAKER)})
-        settings = {"until_end": True, "clock": TickingClock(), **options}
-        worker = Worker(settings.pop("config", config), releases, folder / "state", **settings)
-        # So that the ticks alone say when commits are made, however busy the machine is.
-        thread, start = worker._thread, worker._thread.start
-
-        def start_and_wait(work: Callable[[], None]) -> None:
-            start(work)
-            wait([thread._work] if thread._work is not None else [])
-
-        thread.start = start_and_wait  # type: ignore[method-assign]
-        return worker
-
-
-def silent_log(small_run: SmallRun, folder: Path, silent: tuple[int, int]) -> EventFiles:
-    folder.mkdir()
-    for name, table in zip(("impressions", "clicks", "conversions"), small_run.files.tables, strict=True):
-        arrival = table["arrival_time"]
-        keep = pc.or_(pc.less(arrival, silent[0]), pc.greater_equal(arrival, silent[1]))
-        pq.write_table(table if name == "impressions" else table.filter(keep), folder / f"{name}.parquet")
-    shutil.copy(small_run.events / "malformed.jsonl", folder)
-    return EventFiles(folder)
-
-
-@pytest.fixture(scope="module")
-def incident(small_run: SmallRun, broker: Broker, tmp_path_factory: pytest.TempPathFactory) -> Incident:
-    folder = tmp_path_factory.mktemp("incident")
-    files = small_run.files
-    begin = int(files.arrival_time[(small_run.warm_rows + files.rows) // 2])
-    silent = (begin, begin + 12 * 3_600_000)
-    files = silent_log(small_run, folder / "log", silent)
-    config = with_topics(small_run.config, broker.bootstrap_servers, "operations")
-    produce(files, config)
-    found = Incident(small_run, files, config, silent, folder, "")
-    worker = found.worker(folder, breaker=BreakerConfig(enabled=False))
-    worker.run()
-    return replace(found, loop_digest=state_digest(*loop_state(worker.loop)))
-
-
-@pytest.fixture(scope="module")
-def tripped(incident: Incident, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a worker whose breaker has opened, and that has read all: to be copied."""
-    folder = tmp_path_factory.mktemp("tripped")
-    incident.worker(folder).run()
-    return folder
-
-
-def checked(folder: Path, rows: int) -> dict[str, Any]:
-    """State of the head, once its rows have been found to add up."""
-    plain, _ = head_state(folder / "state")
-    accounting = Accounting.from_state(plain["accounting"])
-    assert set(accounting.check(plain["read"]).values()) == {0}
-    assert sum(plain["read"].values()) == rows
-    assert set(audit_rows(folder / "state")["difference"].values()) == {0}
-    return plain
-
-
-def run_cli(*arguments: str) -> str:
-    result = CliRunner().invoke(cli, list(arguments))
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-# Breaker -------------------------------------------------------------------------------------------------
 
 
 def test_a_silent_topic_trips_and_resuming_ends_where_no_breaker_would_have(
@@ -239,18 +133,7 @@ def killed_at(worker: Worker, patch: pytest.MonkeyPatch, moment: str, after: int
         "before held rows are removed": (worker.breaker.hold, "keep_only", True),
         "in a step": (worker.loop, "step", True),
     }[moment]
-    original, calls = getattr(owner, name), itertools.count()
-
-    def killed(*given: Any, **named: Any) -> Any:
-        is_last = next(calls) == after
-        if is_last and before:
-            raise Killed
-        result = original(*given, **named)
-        if is_last:
-            raise Killed
-        return result
-
-    patch.setattr(owner, name, killed)
+    kill_in(owner, name, patch, after, before=before)
 
 
 def disturbed(
@@ -418,175 +301,3 @@ def test_a_full_hold_waits_and_says_so(
     discarded = [sum(entry["rows"].values()) for entry in plain["breaker"]["discarded"]]
     assert discarded
     assert all(rows >= 200 for rows in discarded)
-
-
-# Audit ---------------------------------------------------------------------------------------------------
-
-
-def test_the_ledger_adds_up_to_the_checkpoint_and_by_offsets(incident: Incident) -> None:
-    state = incident.folder / "state"
-    plain, volatile = head_state(state)
-    whole = audit_rows(state)
-    assert whole["is_whole"]
-    assert whole["read"] == plain["read"]
-    assert whole["classes"] == Accounting.from_state(plain["accounting"]).value()
-    lines = read_lines(state / "audit", volatile["audit"])
-    assert len(lines) == whole["commits"] > 5
-    # A message holds one row here, so offsets say how many rows a topic gave.
-    topics = {f"operations-{kind}s": kind for kind in whole["read"]}
-    for line in lines:
-        rows = dict.fromkeys(whole["read"], 0)
-        before = {(topic, partition): offset for topic, partition, offset, *_ in line.before}
-        for topic, partition, offset, *_ in line.after:
-            rows[topics[topic]] += offset - before[topic, partition]
-        assert rows == line.read
-        assert line.difference() == dict.fromkeys(rows, 0)
-
-
-def test_a_range_of_offsets_is_answered_by_the_commits_that_read_it(incident: Incident) -> None:
-    state, topic = incident.folder / "state", "operations-impressions"
-    _, volatile = head_state(state)
-    lines = read_lines(state / "audit", volatile["audit"])
-    place = (topic, 0)
-    ends = [next(o for t, p, o, *_ in line.after if (t, p) == place) for line in lines]
-    starts = [next(o for t, p, o, *_ in line.before if (t, p) == place) for line in lines]
-    third = 2
-    found = audit_rows(state, {place: starts[third]}, {place: ends[third]})
-    assert found["commits"] == 1
-    assert not found["is_whole"]
-    assert found["steps"] == list(lines[third].steps)
-    wider = audit_rows(state, {place: starts[third] - 1}, {place: ends[third] + 1})
-    assert wider["steps"] == [lines[third - 1].steps[0], lines[third + 1].steps[1]]
-    assert set(wider["difference"].values()) == {0}
-    assert audit_rows(state, {place: ends[-1]})["commits"] == 0
-    printed = run_cli("audit", "--state", str(state), "--from", f"{topic}:0={starts[third]}")
-    assert "classes are changes" in printed
-    assert "difference" in printed
-
-
-def test_an_event_is_learned_in_the_step_that_read_it(incident: Incident) -> None:
-    state, files = incident.folder / "state", incident.files
-    warm = sum(1 for _ in incident.small_run.steps(0, incident.small_run.warm_rows, files))
-    steps = list(incident.small_run.steps(incident.small_run.warm_rows, None, files))
-    clicks = dict(
-        zip(*(files.clicks[name].to_pylist() for name in ("impression_id", "event_id")), strict=True)
-    )
-    shown_in = {
-        name: at for at, step in reversed(list(enumerate(steps))) for name in step.arrivals.impression_id
-    }
-    clicked_in = {
-        name: at for at, step in reversed(list(enumerate(steps))) for name in step.clicks.impression_id
-    }
-    both = [name for name in clicked_in if clicked_in[name] > shown_in.get(name, 10**9)]
-    name = both[len(both) // 2]
-    found = audit_event(state, name)
-    assert [one["task"] for one in found["predicted"]] == ["click", "conversion"]
-    rows = [(one["row"], one["label"], one["step"]) for one in found["learned"] if one["task"] == "click"]
-    assert rows == [("first", 0.0, warm + shown_in[name]), ("positive", 1.0, warm + clicked_in[name])]
-    # The release holds the step, and the one before does not.
-    releases = audit_rows(state)["releases"]
-    own = next(one["release"] for one in found["learned"] if one["row"] == "positive")
-    later = int(own.rsplit("-", 1)[1])
-    assert later > warm + clicked_in[name]
-    place = releases.index(own)
-    assert place == 0 or int(releases[place - 1].rsplit("-", 1)[1]) <= warm + clicked_in[name]
-    by_click = audit_event(state, clicks[name])["as_outcome"]
-    assert [one["step"] for one in by_click] == [warm + clicked_in[name]]
-    assert f"step {warm + clicked_in[name]}" in run_cli("audit", "--state", str(state), "--event", name)
-    unknown = CliRunner().invoke(cli, ["audit", "--state", str(state), "--event", "nobody"])
-    assert unknown.exit_code == 3
-
-
-def test_a_ledger_that_was_changed_is_refused(incident: Incident, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    shutil.copytree(incident.folder / "state", state)
-    (path,) = (state / "audit").glob("commits-*.jsonl")
-    text = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([text[0], text[1].replace('"epoch": 1', '"epoch": 2'), *text[2:]]))
-    with pytest.raises(StaleStateError, match="changed or removed"):
-        audit_rows(state)
-    path.write_text("".join(text[:-1]))
-    with pytest.raises(StaleStateError, match="last line"):
-        audit_rows(state)
-    path.write_text("".join([*text, "the half of a li"]))
-    assert set(audit_rows(state)["difference"].values()) == {0}
-
-
-# Metrics -------------------------------------------------------------------------------------------------
-
-
-class Page(dict[str, Any]):
-    """Families of metrics by name."""
-
-    def value(self, name: str, **labels: str) -> float:
-        family = self[name.removesuffix("_total")]
-        (found,) = [one.value for one in family.samples if one.name == name and one.labels == labels]
-        return float(found)
-
-
-def scraped(port: int) -> Page:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-        return Page({family.name: family for family in families})
-
-
-def test_metrics_say_what_the_worker_knows_and_the_documents_list_them(
-    incident: Incident, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stream = incident.config.stream.model_copy(update={"metrics": "127.0.0.1:0"})
-    config = incident.config.model_copy(update={"stream": stream, "breaker": BREAKER})
-    worker = incident.worker(tmp_path, config=config)
-    port = worker.metrics.port
-    assert port is not None
-    pages: list[Page] = []
-    monkeypatch.setattr(worker.tracking, "published", lambda release: pages.append(scraped(port)))
-    worker.run()
-    (page,) = pages
-    assert page.value("ctrstream_breaker_open") == 1
-    assert page.value("ctrstream_lag_alarm") == page.value("ctrstream_stalled") == 0
-    assert 0 < page.value("ctrstream_hold_rows") <= worker.breaker.held_rows
-    assert 0 < page.value("ctrstream_committed_step") <= worker.loop.step_number
-    assert page.value("ctrstream_rows_unaccounted", kind="click") == 0
-    classes = [one for one in page["ctrstream_rows"].samples if one.labels["kind"] == "impression"]
-    read = page.value("ctrstream_rows_read_total", kind="impression")
-    assert read == sum(one.value for one in classes) > 0
-    # Every row that was learned has passed each stage once.
-    counts = {
-        sample.labels["stage"]: sample.value
-        for sample in page["ctrstream_freshness_seconds"].samples
-        if sample.name.endswith("_count")
-    }
-    assert counts["joined"] == counts["learned"] == counts["committed"] == counts["published"] > 1_000
-    (sums,) = [
-        sums for key, sums in worker.loop.progressive.trailing(24).items() if key == ("click", "student")
-    ]
-    ne = page.value("ctrstream_quality_ne", task="click", predictor="student", maturity="mature", hours="24")
-    assert ne == pytest.approx(sums.value()["ne"])
-    told = (DOCS / "operations.md").read_text()
-    assert set(re.findall(r"^\| `(ctrstream_\w+?)(?:_total)?`", told, re.MULTILINE)) == set(page)
-    with pytest.raises(OSError, match="refused"):
-        scraped(port)
-
-
-def test_an_address_in_use_is_told(incident: Incident, tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        stream = incident.config.stream.model_copy(update={"metrics": f"127.0.0.1:{other.getsockname()[1]}"})
-        config = incident.config.model_copy(update={"stream": stream})
-        with pytest.raises(SetupError, match="cannot serve metrics"):
-            incident.worker(tmp_path, config=config)
-
-
-def test_logs_as_json_are_one_object_a_line(tmp_path: Path) -> None:
-    result = CliRunner().invoke(cli, ["--log-format", "json", "checkpoint", "list", str(tmp_path)])
-    assert result.exit_code == 3
-    from jobs.json_logs import JsonFormatter
-
-    record = logging.makeLogRecord(
-        {"levelname": "INFO", "name": "n", "msg": "a %s", "args": ("b",), "figures": {"x": 1}}
-    )
-    told = json.loads(JsonFormatter().format(record))
-    assert (told["message"], told["figures"], told["level"]) == ("a b", {"x": 1}, "INFO")

@@ -15,12 +15,12 @@ from jobs.checkpoint import CheckpointStore
 from jobs.produce import produce
 from pipelines.codec import encode_packed
 from pipelines.config import Config
-from pipelines.config_sections import KafkaConfig, TopicsConfig
 from pipelines.events import TOPICS
 from pipelines.kafka_client import make_producer
 from tests.small_run import SmallRun
 from tests.torture_outcome import Outcome
 from tests.torture_worker import Fault, run
+from tests.workers import with_topics
 
 __all__ = ["POISON", "RANDOM", "Life", "Log", "make_log", "poison", "settings"]
 
@@ -174,10 +174,10 @@ def make_log(
     stop : int, optional
         Only the rows before this one.
     """
-    topics = {name: f"{prefix}-{name}" for name in (*TOPICS, "dead_letters")}
-    kafka = KafkaConfig(bootstrap_servers=bootstrap_servers, topics=TopicsConfig(**topics), partitions=2)
     tracking = small_run.config.tracking.model_copy(update={"uri": NO_MLFLOW})
-    config = small_run.config.model_copy(update={"kafka": kafka, "tracking": tracking})
+    config = with_topics(small_run.config, bootstrap_servers, prefix).model_copy(
+        update={"tracking": tracking}
+    )
     if fill is None:
         produce(small_run.files, config, form=form, stop=stop)
     else:
