@@ -27,6 +27,7 @@ from unittest import mock
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.one_row_at_a_time import river_rate, vowpal_wabbit_rate
 from jobs import backtest, prepared
 from jobs.backtest import Backtest, run_backtest
 from jobs.online import OnlineLoop
@@ -142,36 +143,19 @@ def bare_torch(rows: Rows, config: Config) -> float:
 
 def vowpal_wabbit(rows: Rows) -> float:
     """Rows a second of predict and learn, one row at a time, from parsed text."""
-    from vowpalwabbit import Workspace
-
     lines = [
         f"{1 if clicked else -1} |f {' '.join(map(str, row))}"
         for row, clicked in zip(rows.features.buckets[:_OTHERS_ROWS].tolist(), rows.label, strict=False)
     ]
-    model = Workspace("--loss_function logistic -b 22 --quiet")
-    began = time.process_time()
-    for line in lines:
-        example = model.parse(line)
-        model.predict(example)
-        model.learn(example)
-        model.finish_example(example)
-    return len(lines) / (time.process_time() - began)
+    return vowpal_wabbit_rate(lines, "", time.process_time)
 
 
 def river(rows: Rows) -> float:
     """Rows a second of predict and learn of a logistic regression, one row at a time, from ready dicts."""
     from river.linear_model import LogisticRegression
 
-    examples = [
-        (dict.fromkeys(map(str, row), 1.0), bool(clicked))
-        for row, clicked in zip(rows.features.buckets[:_OTHERS_ROWS].tolist(), rows.label, strict=False)
-    ]
-    model: Any = LogisticRegression()
-    began = time.process_time()
-    for features, clicked in examples:
-        model.predict_proba_one(features)
-        model.learn_one(features, clicked)
-    return len(examples) / (time.process_time() - began)
+    chosen = rows.features.buckets[:_OTHERS_ROWS].tolist()
+    return river_rate(LogisticRegression(), chosen, rows.label[: len(chosen)].tolist(), time.process_time)
 
 
 def main() -> None:

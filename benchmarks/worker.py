@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from benchmarks.backtest import Rows, rows_after_warm_up
 from benchmarks.first_releases import train_first
+from benchmarks.one_row_at_a_time import river_rate, vowpal_wabbit_rate
 from benchmarks.worker_log import write_log
 from jobs.broker import Broker
 from jobs.produce import Format, produce
@@ -157,37 +158,20 @@ def bare_torch(rows: Rows, config: Config, frozen: bool) -> float:
 
 def vowpal_wabbit(rows: Rows, options: str) -> float:
     """Rows a second of predict and learn, from parsed text."""
-    from vowpalwabbit import Workspace
-
     lines = [
         f"{1 if clicked else -1} |a {' '.join(map(str, row[:13]))} |b {' '.join(map(str, row[13:]))}"
         for row, clicked in zip(rows.features.buckets[:_OTHERS_ROWS].tolist(), rows.label, strict=False)
     ]
-    model = Workspace(f"--loss_function logistic -b 22 --quiet {options}")
-    began = time.perf_counter()
-    for line in lines:
-        example = model.parse(line)
-        model.predict(example)
-        model.learn(example)
-        model.finish_example(example)
-    return len(lines) / (time.perf_counter() - began)
+    return vowpal_wabbit_rate(lines, options, time.perf_counter)
 
 
 def river(rows: Rows) -> float:
     """Rows a second of predict and learn of a factorisation machine, from ready dicts."""
     from river.facto import FMClassifier
 
-    count = _OTHERS_ROWS // 20
-    examples = [
-        (dict.fromkeys(map(str, row), 1.0), bool(clicked))
-        for row, clicked in zip(rows.features.buckets[:count].tolist(), rows.label, strict=False)
-    ]
-    model: Any = FMClassifier(n_factors=16, seed=1)
-    began = time.perf_counter()
-    for features, clicked in examples:
-        model.predict_proba_one(features)
-        model.learn_one(features, clicked)
-    return len(examples) / (time.perf_counter() - began)
+    chosen = rows.features.buckets[: _OTHERS_ROWS // 20].tolist()
+    model = FMClassifier(n_factors=16, seed=1)
+    return river_rate(model, chosen, rows.label[: len(chosen)].tolist(), time.perf_counter)
 
 
 def main() -> None:
