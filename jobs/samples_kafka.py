@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from threading import Event, current_thread, main_thread
+from threading import Event, Lock, current_thread, main_thread
 from typing import TYPE_CHECKING, Any
 
 from jobs.kafka_offsets import micro_batch_offsets, starting_offsets
@@ -23,7 +23,7 @@ from pipelines.config import resolve_secret
 from pipelines.config_sections import KafkaConfig
 from pipelines.errors import ConfigError, CtrstreamError, DataError, SetupError, TransientError
 from pipelines.events import TOPICS
-from pipelines.lake import checkpoint_folder, committed_batches, ddl
+from pipelines.lake import LakeBatch, checkpoint_folder, committed_batches, ddl
 from pipelines.lake_rows import LAKE_SCHEMA, kafka_rows
 from pipelines.lake_write import add_kafka_batch
 from pipelines.spark_session import worker_errors
@@ -37,6 +37,7 @@ __all__ = ["ingest_kafka", "spark_kafka_options"]
 logger = logging.getLogger(__name__)
 
 _POLL_S = 1
+_BATCH_PREFIX = "kafka-"
 # kafka-python's names of the options that Spark's Kafka client needs, too.
 _KAFKA_OPTIONS = {
     "security_protocol": "kafka.security.protocol",
@@ -79,7 +80,8 @@ def ingest_kafka(
             f"no Kafka broker answers at {kafka.bootstrap_servers}.",
             hint="start one with `ctrstream broker up`, or name another with --bootstrap-servers",
         )
-    begin = starting_offsets(kafka, list(_topics(kafka)), checkpoint_folder(lake), committed_batches(lake))
+    before = committed_batches(lake)
+    begin = starting_offsets(kafka, list(_topics(kafka)), checkpoint_folder(lake), before)
     sink = _LakeSink(lake)
     writer = (
         _kafka_stream(spark, kafka, begin)
@@ -103,21 +105,37 @@ def ingest_kafka(
         raise _explained(error, sink.failure, kafka) from error
     finally:
         query.stop()
-    return sink.rows, sink.messages
+    with sink.writing:
+        return _added(committed_batches(lake), {batch.batch for batch in before})
+
+
+def _added(batches: list[LakeBatch], before: set[str]) -> tuple[Counter[str], int]:
+    """Rows by kind and messages of the batches that came to the lake from Kafka.
+
+    Counted from what was committed: a stream that is stopped cuts its last micro-batch off anywhere, also
+    between its commit and whatever would follow.
+    """
+    rows: Counter[str] = Counter()
+    messages = 0
+    for batch in batches:
+        if batch.batch not in before and batch.batch.startswith(_BATCH_PREFIX):
+            rows.update(batch.rows)
+            messages += sum(part.stop - part.start for part in batch.offsets)
+    return rows, messages
 
 
 class _LakeSink:
-    """Commits each micro-batch, and counts what it has added."""
+    """Commits each micro-batch."""
 
     def __init__(self, lake: Folder) -> None:
-        self.rows: Counter[str] = Counter()
-        self.messages = 0
         self.failure: Exception | None = None
+        # A query that is stopped does not wait for us.
+        self.writing = Lock()
         self._lake = lake
 
     def __call__(self, rows: DataFrame, number: int) -> None:
         try:
-            with worker_errors():
+            with self.writing, worker_errors():
                 self._add(rows, number)
         except Exception as error:
             # Spark will tell of it in its own words.
@@ -132,14 +150,12 @@ class _LakeSink:
         # The id is that of the checkpoint: a query that is started again has it still.
         query = session.sparkContext.getLocalProperty("sql.streaming.queryId")
         offsets = micro_batch_offsets(checkpoint_folder(self._lake), number)
-        batch, added = add_kafka_batch(self._lake, f"kafka-{query}-{number:09d}", offsets, rows)
+        batch, added = add_kafka_batch(self._lake, f"{_BATCH_PREFIX}{query}-{number:09d}", offsets, rows)
         if not added:
             logger.info("micro-batch %d is in the lake already", number)
             return
         messages = sum(part.stop - part.start for part in batch.offsets)
         logger.info("micro-batch %d: %d messages, %d rows", number, messages, batch.total_rows)
-        self.rows.update(batch.rows)
-        self.messages += messages
 
 
 @contextmanager
