@@ -284,21 +284,14 @@ def _values(table: pa.Table, name: str, kind: str) -> NDArray[np.generic]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    from pipelines.feature_columns import as_lists, text_column
+    from pipelines.feature_columns import as_lists, as_numbers, text_column
 
     if name not in table.column_names:
         absent = np.nan if kind == "numeric" else None
         return np.full(table.num_rows, absent, np.float64 if kind == "numeric" else object)
     column = table.column(name).combine_chunks()
     if kind == "numeric":
-        try:
-            return np.asarray(
-                column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.float64
-            )
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise DataError(
-                f"feature {name} is numeric in the feature spec. Received {column.type}: {error}."
-            ) from error
+        return as_numbers(column, name)
     if kind == "sequence":
         lists = as_lists(column)
         if pa.types.is_null(lists.type):

@@ -15,10 +15,12 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
+from pipelines.errors import DataError
 from pipelines.events import SERVED_COLUMNS, contract_schema, feature_names
 
-__all__ = ["as_column", "as_lists", "as_text", "concat_events", "map_lists", "text_column"]
+__all__ = ["as_column", "as_lists", "as_numbers", "as_text", "concat_events", "map_lists", "text_column"]
 
 # Beyond this a float64 no longer holds every whole number.
 _LARGEST_EXACT = 1 << 53
@@ -70,6 +72,31 @@ def as_text(value: Any) -> str | None:
     if isinstance(value, list):
         return orjson.dumps(value).decode()
     return str(value)
+
+
+def as_numbers(column: pa.Array, name: str) -> NDArray[np.float64]:
+    """The values of the numeric feature ``name``, shape (n,); NaN for null.
+
+    Raises
+    ------
+    DataError
+        If the column holds something else than numbers, or texts of them.
+
+    Examples
+    --------
+    >>> as_numbers(pa.array([1, None]), "price").tolist()
+    [1.0, nan]
+    """
+    try:
+        # Unsafe as to whole numbers beyond 2**53, which a float64 rounds: a feature can bear that.
+        return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.float64)
+    # What Arrow says of a text that is no number, and of a type that it cannot make a number of.
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"feature {name} is numeric in the feature spec. "
+            f"Received a column of type {column.type}: {error}.",
+            hint="make it categorical in the spec, or mend the producer",
+        ) from error
 
 
 def text_column(column: pa.Array) -> pa.Array:

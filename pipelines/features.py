@@ -16,8 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from pipelines.duration import HOUR_MS
-from pipelines.errors import DataError
-from pipelines.feature_columns import as_column, as_lists, as_text, text_column
+from pipelines.feature_columns import as_column, as_lists, as_numbers, as_text, text_column
 from pipelines.feature_spec import FeatureSpec, Numeric, Sequence
 from pipelines.hashing import hash_column, hash_text, mix
 
@@ -163,16 +162,7 @@ def _cross(hashed: Any, of: tuple[str, str]) -> NDArray[np.uint64]:
 def _numeric_column(table: pa.Table, name: str) -> NDArray[np.float64]:
     if name not in table.column_names:
         return np.full(table.num_rows, np.nan)
-    column = _column(table, name)
-    try:
-        # Unsafe as to whole numbers beyond 2**53, which a float64 rounds: a feature can bear that.
-        return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False), np.float64)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise DataError(
-            f"feature {name} is numeric in the feature spec. "
-            f"Received a column of type {column.type}: {error}.",
-            hint="make it categorical in the spec, or mend the producer",
-        ) from error
+    return as_numbers(_column(table, name), name)
 
 
 def _transform(value: NDArray[np.float64], part: Numeric) -> NDArray[np.float64]:

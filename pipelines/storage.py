@@ -135,6 +135,7 @@ def open_for_arrow(uri: str) -> tuple[Any, str]:
     quoted = quote(re.sub(r"^s3[an]:", "s3:", place.rstrip("/")), safe="/:@=+,~") + mark + options
     try:
         system, path = FileSystem.from_uri(quoted)
+    # The last is Arrow's word for a file system that it was built without.
     except (OSError, ValueError, NotImplementedError) as error:
         raise SetupError(
             f"cannot open {uri}: {_first_line(error)}",
