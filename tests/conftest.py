@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from jobs.roots import PACKAGES
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from jobs.broker import Broker
     from tests.incident import Incident
     from tests.small_run import SmallRun
+
+# How long an example takes depends on what else the machine does; `pytest-timeout` ends what hangs.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ rows = st.lists(
 
 
 @given(rows, st.integers(1, 9))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_figures_are_those_of_the_rows_in_the_window(events: list[tuple[int, str, bool]], size: int) -> None:
     events = sorted(events)
     breaker = Breaker(CONFIG)

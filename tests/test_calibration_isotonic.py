@@ -40,7 +40,7 @@ def curved(logit: np.ndarray) -> np.ndarray:
     return sigmoid(-0.5 - np.logaddexp(0.0, -(logit + 1.0)) + 0.15 * logit)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(1, 4)), min_size=1, max_size=12))
 def test_pooling_is_the_min_max_formula(pairs: list[tuple[int, int]]) -> None:
     value, weight = np.array(pairs, dtype=float).T

@@ -39,7 +39,7 @@ def click_log(rows: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return logit, (rng.random(rows) < sigmoid(0.8 * logit - 0.3)).astype(float)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ROWS, ROWS, ROWS)
 def test_merging_is_associative_and_commutative_to_the_bit(a: Rows, b: Rows, c: Rows) -> None:
     x, y, z = sketch_of(a), sketch_of(b), sketch_of(c)
@@ -48,7 +48,7 @@ def test_merging_is_associative_and_commutative_to_the_bit(a: Rows, b: Rows, c: 
     assert (x + y) - y == x
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(ROWS, st.randoms(use_true_random=False))
 def test_sums_depend_neither_on_the_order_nor_on_the_batching_of_rows(rows: Rows, random: object) -> None:
     shuffled = list(rows)
@@ -59,7 +59,7 @@ def test_sums_depend_neither_on_the_order_nor_on_the_batching_of_rows(rows: Rows
     assert one_by_one == sketch_of(rows)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(ROWS)
 def test_state_goes_through_json_to_the_bit(rows: Rows) -> None:
     sketch = sketch_of(rows)

@@ -27,7 +27,7 @@ def filled(values: list[int], part_rows: int) -> IdHashes:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=ids, part_rows=st.sampled_from([3, 10, 1_000]))
 def test_repeated_ids_are_counted_whether_on_disk_or_not(values: list[int], part_rows: int) -> None:
     with filled(values, part_rows) as found:
@@ -35,7 +35,7 @@ def test_repeated_ids_are_counted_whether_on_disk_or_not(values: list[int], part
         assert found.rows == len(values)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(left=ids, right=ids, part_rows=st.sampled_from([4, 1_000]))
 def test_shared_ids_are_counted_by_row_of_the_other_set(
     left: list[int], right: list[int], part_rows: int
@@ -52,7 +52,7 @@ def test_sets_cut_otherwise_are_not_compared() -> None:
         small.shared_with(large)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(4, 60), distinct=st.integers(1, 9))
 def test_auc_is_that_of_scikit_learn_and_a_soft_label_is_a_row_cut_in_two(
     seed: int, n: int, distinct: int
@@ -137,7 +137,7 @@ def test_the_hour_of_day_betrays_rows_said_in_another_hour() -> None:
         assert rarity_auc(blind, stratum, classes) == pytest.approx(0.5, abs=0.02)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     counts=st.lists(st.integers(0, 300), min_size=1, max_size=72),
     per_cycle=st.sampled_from([1, 24]),

@@ -146,7 +146,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(actions=st.lists(ACTIONS, max_size=25), deltas=st.integers(0, 3), keep=st.integers(1, 3))
 def test_any_history_of_updates_commits_kills_and_collections_restores_the_exact_state(
     actions: list[tuple[str, Any]], deltas: int, keep: int
@@ -188,7 +188,7 @@ def test_any_history_of_updates_commits_kills_and_collections_restores_the_exact
 # The digest ----------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 2000),
     st.sampled_from([(), (1,), (3, 5), (700,)]),

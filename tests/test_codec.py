@@ -131,7 +131,7 @@ values = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), values), max_size=12), st.integers(1, 5))
 def test_a_value_reads_the_same_in_any_batch(bags: list[dict[str, Any]], rows_at_once: int) -> None:
     payloads = [orjson.dumps(impression(features=bag)) for bag in bags]
@@ -172,7 +172,7 @@ bag = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(bag, min_size=1, max_size=5))
 def test_events_survive_json(bags: list[dict[str, Any]]) -> None:
     events = [impression(number, features=one, position=number + 1) for number, one in enumerate(bags)]
@@ -187,7 +187,7 @@ def test_events_survive_json(bags: list[dict[str, Any]]) -> None:
     ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(bag, min_size=1, max_size=5))
 def test_features_survive_the_lake(bags: list[dict[str, Any]]) -> None:
     table = decode_json(IMPRESSION, [orjson.dumps(impression(features=one)) for one in bags]).table

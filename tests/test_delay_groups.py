@@ -283,7 +283,7 @@ def test_no_curve_no_correction() -> None:
 
 
 @given(seed=st.integers(0, 10_000), open_windows=st.booleans(), support=st.integers(1, 400))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_share_is_a_distribution_function_and_quantiles_invert_it(
     seed: int, open_windows: bool, support: int
 ) -> None:
@@ -310,7 +310,7 @@ def test_share_is_a_distribution_function_and_quantiles_invert_it(
 
 
 @given(seed=st.integers(0, 10_000), cut=st.floats(0, 1))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_merged_counts_are_the_counts_of_all_rows(seed: int, cut: float) -> None:
     rng = np.random.default_rng(seed)
     values, delay, age = exponential_groups(rng, {"x": HOUR_MS, "y": DAY_MS, "z": MINUTE_MS}, 120)

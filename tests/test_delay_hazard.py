@@ -196,7 +196,7 @@ def test_rows_in_pieces_give_what_they_give_at_once(monkeypatch: pytest.MonkeyPa
 
 
 @given(seed=st.integers(0, 1_000), scale=st.floats(0, 1.25))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_network_is_a_distribution_function(seed: int, scale: float) -> None:
     network, one = random_network(seed, scale), random_rows(seed, 1)
     at = np.sort(np.random.default_rng(seed).uniform(-HOUR_MS, 1.1 * WORLD.window, 100))

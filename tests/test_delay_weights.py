@@ -33,7 +33,7 @@ def expected_gradient(form: Form, p: float, share: float, f: float, q: float) ->
 
 @pytest.mark.parametrize("form", FORMS)
 @given(p=P, share=SHARE, q=P)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_with_the_true_probability_in_the_weights_the_loss_is_that_of_final_labels(
     form: Form, p: float, share: float, q: float
 ) -> None:
@@ -42,7 +42,7 @@ def test_with_the_true_probability_in_the_weights_the_loss_is_that_of_final_labe
 
 @pytest.mark.parametrize("form", FORMS)
 @given(p=P, share=SHARE, q=P)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_truth_is_the_only_stationary_point_of_a_model_that_makes_its_own_weights(
     form: Form, p: float, share: float, q: float
 ) -> None:

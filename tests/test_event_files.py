@@ -75,7 +75,7 @@ def test_rows_come_by_arrival_then_kind_then_hash_of_the_event_id(tmp_path: Path
     assert files.rows == 7 and files.arrival_time.tolist() == [NOW + at for _, at, _ in expected]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4), st.integers(0, 9)), min_size=1, max_size=30),
     st.booleans(),

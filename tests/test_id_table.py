@@ -106,7 +106,7 @@ LOOK = st.tuples(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     looks=st.lists(LOOK, max_size=25),
     capacity=st.integers(1, 40),
@@ -173,7 +173,7 @@ def test_more_rows_than_the_capacity_are_refused() -> None:
         IdTable(TablesConfig(capacity=4), seed=1).load({"weights/ids": np.zeros(5, np.int64)})
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 10_000)), max_size=60), st.integers(1, 400))
 def test_an_index_finds_each_key_in_the_slot_it_was_put_in(
     steps: list[tuple[bool, int]], at_once: int

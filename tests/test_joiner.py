@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -36,7 +36,7 @@ Labels = Counter[tuple[str, str, float]]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120)
 @given(data=st.data(), cuts=CUTS, end=st.integers(0, END))
 def test_joiner_says_the_rows_of_the_rule_for_any_order_cuts_and_moment(
     policy: str, data: st.DataObject, cuts: list[int], end: int
@@ -55,7 +55,7 @@ def test_joiner_says_the_rows_of_the_rule_for_any_order_cuts_and_moment(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(data=st.data(), cuts=CUTS, end=st.integers(0, END))
 def test_joiner_restored_at_any_point_continues_identically(
     policy: str, data: st.DataObject, cuts: list[int], end: int
@@ -74,7 +74,7 @@ def test_joiner_restored_at_any_point_continues_identically(
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(data=st.data(), cuts=CUTS, taken=st.lists(st.booleans(), min_size=10, max_size=10))
 def test_changes_put_together_are_the_state(
     policy: str, data: st.DataObject, cuts: list[int], taken: list[bool]
@@ -112,7 +112,7 @@ def put_together(kept: dict[str, NDArray[Any]], joiner: Joiner) -> dict[str, Any
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40)
 @given(data=st.data())
 def test_no_row_says_what_was_not_known_at_its_known_at(policy: str, data: st.DataObject) -> None:
     rule = data.draw(rules(policy))
@@ -125,7 +125,7 @@ def test_no_row_says_what_was_not_known_at_its_known_at(policy: str, data: st.Da
 
 
 @pytest.mark.parametrize("view_through", [None, 25, 60])
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80)
 @given(events=logs(), as_of=st.integers(0, END))
 def test_open_and_closed_windows_carry_the_labels_known_as_of_a_moment(
     view_through: int | None, events: list[Event], as_of: int

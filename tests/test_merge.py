@@ -87,7 +87,7 @@ dead = st.builds(Row, st.sampled_from([UNKNOWN_TIME, 2]), st.just(DEAD_LETTER), 
 steps = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.booleans()), max_size=20)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.lists(rows | dead, max_size=12), min_size=1, max_size=4), steps)
 def test_any_polls_give_the_merge_by_heads(logs: list[list[Row]], polls: list[tuple[int, int, bool]]) -> None:
     run = Run(logs)
@@ -100,7 +100,7 @@ def test_any_polls_give_the_merge_by_heads(logs: list[list[Row]], polls: list[tu
     assert run.arrival == sorted(run.arrival)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(rows | dead.filter(lambda row: row.arrival >= 0), max_size=40), st.integers(1, 4), steps)
 def test_a_log_in_file_order_comes_out_in_file_order_for_any_partitions(
     log: list[Row], partitions: int, polls: list[tuple[int, int, bool]]
@@ -119,7 +119,7 @@ def test_a_log_in_file_order_comes_out_in_file_order_for_any_partitions(
     assert run.arrival == [row.arrival for row in ordered]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.lists(rows | dead, max_size=8), min_size=1, max_size=3), st.integers(0, 30))
 def test_going_on_from_any_row_gives_the_rest_of_the_order(logs: list[list[Row]], cut: int) -> None:
     whole = Run(logs)

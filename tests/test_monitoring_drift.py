@@ -198,7 +198,7 @@ def test_all_null_windows_have_no_distance_and_do_not_fail() -> None:
     assert row.new_mass is None and row.verdict == "drifted"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.lists(st.one_of(st.none(), st.sampled_from(["a", "b", "c"])), max_size=8), min_size=3, max_size=3
@@ -217,7 +217,7 @@ def test_categorical_summaries_merge_to_the_summary_of_the_whole(parts: list[lis
     assert first.state() == before
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.lists(st.one_of(st.just(float("nan")), st.just(float("inf")), st.integers(-20, 20)), max_size=12),

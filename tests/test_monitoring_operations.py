@@ -108,7 +108,7 @@ def test_quantiles_are_within_one_percent_of_the_exact_ones(share: float) -> Non
     assert histogram.quantile(share) == pytest.approx(exact, rel=RELATIVE_ERROR + 1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.lists(st.tuples(st.floats(-1.0, 1e6), st.integers(0, 5)), max_size=10), min_size=3, max_size=3

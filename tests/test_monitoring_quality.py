@@ -104,7 +104,7 @@ def test_integer_weights_are_repeated_rows_except_for_the_counts_and_the_spread(
     assert weighted["rows"] == 400
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.tuples(st.booleans(), st.integers(0, 64), st.integers(0, 8)), max_size=40),
     cut=st.integers(0, 40),

@@ -37,7 +37,7 @@ def _brute_force_gauc(
     return (total / mass if mass else None), float(mass / weight.sum()), users
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     st.lists(st.tuples(st.booleans(), st.integers(0, 5), st.integers(1, 3)), min_size=2, max_size=40).filter(
         lambda rows: len({row[0] for row in rows}) == 2

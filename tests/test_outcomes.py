@@ -39,7 +39,7 @@ def tables_of(events: list[Event]) -> Tables:
 
 
 @pytest.mark.parametrize("view_through", [None, 25, 60])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(events=logs(), as_of=st.integers(0, END))
 def test_labels_are_those_of_the_rule_for_any_order_duplicates_and_moment(
     view_through: int | None, events: list[Event], as_of: int
@@ -73,7 +73,7 @@ def test_labels_are_those_of_the_rule_for_any_order_duplicates_and_moment(
     assert sorted(said) == sorted(expected)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(events=logs(), as_of=st.integers(0, END))
 def test_a_positive_is_told_by_an_event_that_was_known_and_inside_its_window(
     events: list[Event], as_of: int

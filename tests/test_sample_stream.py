@@ -24,7 +24,7 @@ from tests.sample_files import BEGIN, COLUMNS, MATRICES, sample_rows, write_rows
 from tests.stream_files import LAYOUTS, keys, row_keys, tables, written
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(LAYOUTS, st.integers(1, 30), st.integers(1, 3), st.booleans(), st.booleans())
 def test_batches_are_slices_of_the_rows_of_all_epochs(
     layout: list[list[int]], size: int, epochs: int, drop_last: bool, ahead: bool
@@ -41,7 +41,7 @@ def test_batches_are_slices_of_the_rows_of_all_epochs(
     assert found == expected
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(LAYOUTS)
 def test_training_sets_hold_the_values_of_the_files(layout: list[list[int]]) -> None:
     table = tables(layout)
@@ -59,7 +59,7 @@ def test_training_sets_hold_the_values_of_the_files(layout: list[list[int]]) -> 
         assert rows.mature.dtype == np.bool_
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(LAYOUTS, st.integers(1, 7))
 def test_shards_are_disjoint_complete_balanced_and_in_order(layout: list[list[int]], world: int) -> None:
     every = tables(layout).column("user_key").to_pylist()
@@ -85,7 +85,7 @@ def test_shards_of_one_row_group_go_through_the_same_times(tmp_path: Path) -> No
         assert np.mean(shard) == pytest.approx(399.5, abs=80)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(LAYOUTS, st.integers(1, 3), st.booleans())
 def test_time_order_is_that_of_a_sort_of_all_rows(
     layout: list[list[int]], world: int, statistics: bool
@@ -123,7 +123,7 @@ def test_file_that_is_not_sorted_cannot_be_put_in_time_order(tmp_path: Path) -> 
         row_keys(SampleStream.of([file]).in_time_order())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(LAYOUTS, st.integers(1, 40), st.integers(0, 9), st.integers(1, 3))
 def test_shuffled_epochs_are_permutations_and_follow_from_the_seed(
     layout: list[list[int]], buffer_rows: int, seed: int, world: int
@@ -178,7 +178,7 @@ def test_shuffled_rows_stand_anywhere_in_time(
     assert np.std(correlations) < 1.5 / np.sqrt(pieces - 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(LAYOUTS, st.data())
 def test_stream_can_be_entered_at_any_row(layout: list[list[int]], data: st.DataObject) -> None:
     with written(layout) as files:
@@ -201,7 +201,7 @@ def test_stream_can_be_entered_at_any_row(layout: list[list[int]], data: st.Data
             row_keys(stream.start_at(len(every) + 1))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(LAYOUTS, st.integers(1, 9), st.integers(0, 12), st.booleans())
 def test_killed_reader_goes_on_behind_the_last_batch_it_was_given(
     layout: list[list[int]], size: int, batches: int, ahead: bool
@@ -238,7 +238,7 @@ def test_state_of_another_stream_is_refused(tmp_path: Path) -> None:
     assert stream.repeat(4).select("user_key").start_at(state).position == 4
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     LAYOUTS,
     st.none() | st.integers(-2, 30),
@@ -297,7 +297,7 @@ def test_row_groups_outside_the_bounds_are_not_read(tmp_path: Path) -> None:
         row_keys(SampleStream.of([file]))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(LAYOUTS, st.integers(0, 40), st.integers(0, 40), st.booleans())
 def test_part_is_a_slice_of_each_epoch(layout: list[list[int]], first: int, rows: int, in_time: bool) -> None:
     with written(layout) as files:

@@ -94,7 +94,7 @@ def test_other_files_and_row_groups_draw_the_same_rows(
     assert names[0] == names[1]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(n=st.integers(1, 300), more=st.integers(1, 300), seed=st.integers(-5, 2**40))
 def test_fewer_draws_are_the_first_of_more(snapshot: Path, n: int, more: int, seed: int) -> None:
     few, many = (

@@ -45,7 +45,7 @@ def steps_of(rows: list[tuple[int, bool]], cuts: list[int], begins_at: int) -> t
     return [step.clicks.impression_id for step in steps if len(step.clicks)], dead
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     good=st.integers(0, 40),
     dead_at=st.lists(st.integers(0, 40), max_size=6),

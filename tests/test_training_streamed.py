@@ -80,7 +80,7 @@ def test_student_fitted_to_a_stream_is_the_one_fitted_to_the_rows(tmp_path: Path
     assert one.to_files(slots=True) == two.to_files(slots=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_rows_in_files_are_split_at_the_row_at_which_rows_in_memory_are(data: st.DataObject) -> None:
     n = data.draw(st.integers(0, 400))
