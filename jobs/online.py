@@ -19,7 +19,7 @@ from jobs.progressive_segments import SegmentQuality
 from jobs.teacher_age import TeacherAge
 from models.base import sigmoid
 from models.late_head import LateHead
-from models.losses import policy_weights
+from models.losses import SAYS_THE_SAME, policy_weights
 from models.student import LearnBatch, Student
 from monitoring.accounting import Accounting
 from pipelines.config import Config, Task
@@ -36,9 +36,6 @@ __all__ = ["OnlineLoop", "Predicted", "StepResult"]
 Floats = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
 
-# Calibrators hear single rows, each with the weights that make its policy unbiased. The loss of fnc has no
-# such weights, and bidefuse has two heads: these are policies that say the same rows.
-_SAYS_THE_SAME = {"fnc": "fnw", "defuse": "esdfm", "bidefuse": "esdfm"}
 # Of these a window's later rows are of no use without its first.
 _SAY_AGAIN = ("vanilla", "fnw", "fnc", "esdfm", "defer", "defuse", "bidefuse")
 
@@ -331,7 +328,8 @@ class OnlineLoop:
         slot, logit = examples.slot[known], logit[known]
         label, weight = examples.label[known].astype(np.float64), examples.weight[known]
         keys = features["segment_key"][slot]
-        policy = _SAYS_THE_SAME.get(self.config.policy(task), self.config.policy(task))
+        # Calibrators hear single rows.
+        policy = SAYS_THE_SAME.get(self.config.policy(task), self.config.policy(task))
         late_share = self._late_share(task, examples.elapsed[known])
         positive, negative = policy_weights(policy, label, chain.transform(logit, keys), late_share)
         total = positive + negative

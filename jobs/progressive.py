@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.base import sigmoid
-from models.losses import policy_weights
+from models.losses import SAYS_THE_SAME, policy_weights
 from monitoring.quality import QualitySums
 from monitoring.soft_quality import quality_amounts, quality_sums
 from pipelines.duration import HOUR_MS
@@ -35,8 +35,7 @@ Maturity = Literal["mature", "provisional"]
 MATURITIES: tuple[Maturity, ...] = ("mature", "provisional")
 
 _PREDICTORS = ("student", "student_uncalibrated", "teacher")
-# Policies without unbiased weights of their own for single rows, and one that says the same rows.
-_SAYS_THE_SAME = {"vanilla": "esdfm", "fnc": "fnw", "defuse": "esdfm", "bidefuse": "esdfm"}
+_JUDGED_AS = {**SAYS_THE_SAME, "vanilla": "esdfm"}
 # What is provisional is of use while it is fresh. Older hours have matured, and make commits longer.
 _PROVISIONAL_HOURS = 24
 
@@ -60,7 +59,7 @@ def provisional_weights(
     probability : ndarray, shape (n,)
         The student's, from the moment at which the impression arrived.
     """
-    policy = _SAYS_THE_SAME.get(policy, policy)
+    policy = _JUDGED_AS.get(policy, policy)
     positive, negative = policy_weights(policy, label, probability, late_share)
     if policy == "relabel":
         return positive, negative

@@ -120,7 +120,7 @@ def _added(batches: list[LakeBatch], before: set[str]) -> tuple[Counter[str], in
     for batch in batches:
         if batch.batch not in before and batch.batch.startswith(_BATCH_PREFIX):
             rows.update(batch.rows)
-            messages += sum(part.stop - part.start for part in batch.offsets)
+            messages += batch.messages
     return rows, messages
 
 
@@ -154,8 +154,7 @@ class _LakeSink:
         if not added:
             logger.info("micro-batch %d is in the lake already", number)
             return
-        messages = sum(part.stop - part.start for part in batch.offsets)
-        logger.info("micro-batch %d: %d messages, %d rows", number, messages, batch.total_rows)
+        logger.info("micro-batch %d: %d messages, %d rows", number, batch.messages, batch.total_rows)
 
 
 @contextmanager

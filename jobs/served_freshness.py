@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
 from jobs.freshness_histogram import FreshnessHistogram
+from jobs.produced_times import middles
 from jobs.release import list_releases
 from jobs.release_manifest import Manifest, parse_name
 from jobs.release_watch import Loaded
@@ -57,7 +57,5 @@ class ServedFreshness(Collector):
             return
         if produced is None or not produced["counts"]:
             return
-        bucket, count = np.array(produced["counts"], np.int64).T
-        # A bucket holds events from its start to its end: its middle is what they waited from.
-        at = (bucket + 0.5) * produced["resolution_ms"]
+        at, count = middles(produced["counts"], produced["resolution_ms"])
         self._histogram.add("served", loaded_at - at, count)

@@ -23,7 +23,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from jobs.freshness_histogram import FreshnessHistogram
-from jobs.produced_times import RESOLUTION_MS
+from jobs.produced_times import middles
 from jobs.progressive import MATURITIES
 from jobs.release_manifest import parse_name
 from monitoring.stall import LagWatch, StallWatch
@@ -113,9 +113,7 @@ class WorkerMetrics(Collector):
         """Events are committed or published: the bucket of 100 ms in which each was produced, and count."""
         if not self._is_on or not produced:
             return
-        bucket, count = np.array(produced, np.int64).T
-        # A bucket holds events from its start to its end: its middle is what they waited from.
-        at = bucket * float(RESOLUTION_MS) + RESOLUTION_MS / 2
+        at, count = middles(produced)
         self._freshness.add(stage, self._clock() * 1000 - at, count)
 
     def update(self, now: float, worker: Worker) -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from jobs.audit_published import PublishedLog
 from jobs.checkpoint import CheckpointStore
 from jobs.online import OnlineLoop
-from jobs.produced_times import RESOLUTION_MS, Produced
+from jobs.produced_times import RESOLUTION_MS, Produced, ProducedTimes
 from jobs.publish_control import PublishControl
 from jobs.publish_decision import Decision
 from jobs.publish_evidence import EvidenceRows, EvidenceSample
@@ -74,18 +74,18 @@ class WorkerPublishing:
         self._keep_releases = config.stream.keep_releases
         self._releases, self._first, self._loop = releases, first, loop
         self._metrics, self._clock = metrics, clock
-        self._produced: dict[int, int] = {}
+        self._produced = ProducedTimes(most=_MOST_BUCKETS)
         self._control = PublishControl(releases, first, config.publish, store.check_lease, tracking.decided)
         self._log = PublishedLog(store.root / "audit")
 
     def observe(self, evidence: Mapping[Task, list[EvidenceRows]], produced: Produced) -> None:
         """Hear what a commit brings, before it is made."""
-        self._add_produced(produced)
+        self._produced.merge(produced)
         self._control.observe(evidence)
 
     def state(self) -> dict[str, Any]:
         """JSON data for the commit: no part of what is learned."""
-        return {"produced_at": sorted(self._produced.items()), "publish": self._control.state()}
+        return {"produced_at": self._produced.value(), "publish": self._control.state()}
 
     def resume(
         self,
@@ -96,7 +96,7 @@ class WorkerPublishing:
     ) -> None:
         """Go on after a commit; what the worker that made it has left undone is done (see `publish`)."""
         self.release = pointed(self._releases, CURRENT) or self.release
-        self._produced = {bucket: count for bucket, count in state["produced_at"]}
+        self._produced.merge(state["produced_at"])
         self._control.load(state["publish"])
         self._publish(arrays, plain, is_redo=True, **of)
 
@@ -135,15 +135,14 @@ class WorkerPublishing:
         self.release = pointed(self._releases, CURRENT) or self.release
         if self.release == decision.candidate:
             self._log.add(self.release)
-            self._metrics.reached("published", sorted(self._produced.items()))
-            self._produced = {}
+            self._metrics.reached("published", self._produced.take())
 
     def _cut_release(self, learned: Learned, epoch: int, digest: str | None, decision: Decision) -> None:
         current = pointed(self._releases, CURRENT)
         if current == decision.candidate:
             # One that has lost the lease, and does not know it yet, has been faster: it is the same state.
             return
-        produced = {"resolution_ms": RESOLUTION_MS, "counts": sorted(self._produced.items())}
+        produced = {"resolution_ms": RESOLUTION_MS, "counts": self._produced.value()}
         publish_student(
             self._releases,
             learned,
@@ -157,11 +156,3 @@ class WorkerPublishing:
                 "gate": decision.about(),
             },
         )
-
-    def _add_produced(self, produced: Produced) -> None:
-        for bucket, count in produced:
-            self._produced[bucket] = self._produced.get(bucket, 0) + count
-        excess = sorted(self._produced)[: max(len(self._produced) - _MOST_BUCKETS, 0)]
-        if excess:
-            counts = sum(self._produced.pop(bucket) for bucket in excess)
-            self._produced[min(self._produced)] += counts

@@ -14,6 +14,7 @@ from pipelines.errors import ConfigError
 from pipelines.training_set import TrainingSet
 
 __all__ = [
+    "SAYS_THE_SAME",
     "cure_base_rate",
     "cure_derivatives",
     "cure_loss",
@@ -29,6 +30,10 @@ __all__ = [
 Array = NDArray[np.float64]
 # Where a probability is 1 to the last bit.
 _LEAST = 1e-12
+
+# Policies that say the same rows, for those without weights that make a single row unbiased: the loss of fnc
+# has none, and bidefuse has two heads.
+SAYS_THE_SAME = {"fnc": "fnw", "defuse": "esdfm", "bidefuse": "esdfm"}
 
 
 def policy_weights(

@@ -61,7 +61,7 @@ class Backfill:
         batches = [batch for batch in committed_batches(folder) if batch.source == "kafka"]
         held, missing = find_offsets(gaps, batches)
         if missing:
-            lacking = sum(part.stop - part.start for part in missing)
+            lacking = sum(part.messages for part in missing)
             raise DataError(
                 f"the broker has deleted messages that were not read yet, and the lake {self.lake} lacks "
                 f"{lacking} of them. {tell(missing)}.",

@@ -121,7 +121,7 @@ def check_reach(cursor: Cursor, start: Cursor, end: Sequence[int], gaps: Sequenc
         Naming each range of offsets that is gone, or each place that is not there.
     """
     if gaps:
-        total = sum(gap.stop - gap.start for gap in gaps)
+        total = sum(gap.messages for gap in gaps)
         raise StaleStateError(
             f"the broker has deleted {total} messages that were not read yet. {tell(gaps)}.",
             hint="read them from the lake: start the worker with --backfill LAKE, once `ctrstream samples "

@@ -99,6 +99,11 @@ class OffsetRange(_Part):
     start: int
     stop: int
 
+    @property
+    def messages(self) -> int:
+        """How many there are."""
+        return self.stop - self.start
+
 
 class KindTimes(_Part):
     """First and last time of a kind's rows, ms since the epoch; None where no row has one."""
@@ -150,6 +155,11 @@ class LakeBatch(_Part):
     def total_rows(self) -> int:
         """Rows of all kinds."""
         return sum(self.rows.values())
+
+    @property
+    def messages(self) -> int:
+        """Messages of Kafka that it was made from."""
+        return sum(part.messages for part in self.offsets)
 
 
 class VoidBatch(_Part):

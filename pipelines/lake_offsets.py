@@ -62,6 +62,6 @@ def find_offsets(
 def tell(ranges: Iterable[OffsetRange]) -> str:
     """Ranges in words, for errors: first and last offset, and how many."""
     return "; ".join(
-        f"{part.topic}-{part.partition}: offsets {part.start} to {part.stop - 1} ({part.stop - part.start})"
+        f"{part.topic}-{part.partition}: offsets {part.start} to {part.stop - 1} ({part.messages})"
         for part in ranges
     )
