@@ -34,6 +34,7 @@ from jobs.steps import StepCutter
 from jobs.worker_breaker import WorkerBreaker
 from jobs.worker_commit import Commits, Cut, LoopCut
 from jobs.worker_metrics import WorkerMetrics
+from jobs.worker_publishing import WorkerPublishing
 from jobs.worker_tracking import WorkerTracking
 from pipelines.backfill import Backfill
 from pipelines.config import Config
@@ -100,16 +101,11 @@ class Worker:
         self.tracking = WorkerTracking(config, state)
         self.breaker = WorkerBreaker(config.breaker, state, self.store.epoch)
         self.metrics = WorkerMetrics(config.stream, clock)
+        publishing = WorkerPublishing(
+            self.store, releases, self.first, self.loop, self.metrics, self.tracking, clock
+        )
         self.commits = Commits(
-            self.store,
-            self.predictions,
-            self.dead_letters,
-            releases,
-            self.first,
-            self.loop,
-            self.metrics,
-            self.tracking,
-            clock=clock,
+            self.store, self.predictions, self.dead_letters, publishing, self.metrics, clock=clock
         )
         self.pauses_ms: deque[float] = deque(maxlen=_PAUSES)
         self._thread = CommitThread()
@@ -288,10 +284,6 @@ class Worker:
         figures = {"messages": float(self.source.lag()), "held_rows": float(self.breaker.held_rows)}
         self.tracking.committed(self.loop, figures)
 
-    def _begin_loop(self) -> None:
-        """From here on the loop predicts and learns."""
-        self.first.begin(self.loop)
-
     def _restore(self) -> Checkpoint | None:
         checkpoint = self.store.load()
         if checkpoint is None:
@@ -303,7 +295,7 @@ class Worker:
                 f"the state in {self.state} began with another first student than that in {self.releases}.",
                 hint="name the --releases folder that belongs to this --state, or a new --state folder",
             )
-        self._begin_loop()
+        self.first.begin(self.loop)
         load_loop_state(self.loop, checkpoint.arrays, plain)
         self.breaker.load_state(plain["breaker"], checkpoint.manifest["volatile"]["breaker"])
         log.info("restored step=%d checkpoint=%s", self.loop.step_number, checkpoint.path.name)
@@ -323,7 +315,7 @@ class Worker:
 
     def _step(self, events: StepEvents) -> None:
         if not self.loop.tasks and events.clock >= self.first.warm_up_until:
-            self._begin_loop()
+            self.first.begin(self.loop)
             self._cut_step = self.loop.step_number
         if self.loop.tasks and not self.breaker.admits(events, self.loop):
             self.breaker.take(events, self.loop, self.source.partitions)

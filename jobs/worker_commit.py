@@ -25,7 +25,6 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -37,12 +36,10 @@ from jobs.online_state import take_loop_changes
 from jobs.predictions import PredictionLog
 from jobs.produced_times import Produced
 from jobs.publish_evidence import EvidenceRows
-from jobs.publishing import FirstReleases
 from jobs.release_manifest import parse_name, release_name
 from jobs.worker_breaker import BreakerCut
 from jobs.worker_metrics import WorkerMetrics
 from jobs.worker_publishing import WorkerPublishing
-from jobs.worker_tracking import WorkerTracking
 from pipelines.config import Task
 from pipelines.dead_letters import DeadLetterFile
 from pipelines.errors import TransientError
@@ -117,10 +114,10 @@ class Commits:
 
     Parameters
     ----------
-    loop : OnlineLoop
-        Only what never changes of it is looked at: its students' specs and configurations.
+    publishing : WorkerPublishing
+        Decides what becomes of a state that has been committed.
     metrics : WorkerMetrics
-        Told which events have been committed and published.
+        Told which events have been committed.
     clock : callable
         Wall clock, seconds since the epoch.
 
@@ -139,11 +136,8 @@ class Commits:
         store: CheckpointStore,
         predictions: PredictionLog,
         dead_letters: DeadLetterFile,
-        releases: Path,
-        first: FirstReleases,
-        loop: OnlineLoop,
+        publishing: WorkerPublishing,
         metrics: WorkerMetrics,
-        tracking: WorkerTracking,
         *,
         clock: Callable[[], float],
     ) -> None:
@@ -152,8 +146,7 @@ class Commits:
         self.step = 0
         self.audit = AuditLog(store.root / "audit")
         self._candidate: str | None = None  # name of a release of the last commit that has learned
-        self.publishing = WorkerPublishing(store, releases, first, loop, metrics, tracking, clock)
-        self._metrics, self._clock = metrics, clock
+        self.publishing, self._metrics, self._clock = publishing, metrics, clock
         self._store, self._predictions, self._dead_letters = store, predictions, dead_letters
         self._is_ending = threading.Event()
 

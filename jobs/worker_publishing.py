@@ -98,9 +98,17 @@ class WorkerPublishing:
         self.release = pointed(self._releases, CURRENT) or self.release
         self._produced.merge(state["produced_at"])
         self._control.load(state["publish"])
-        self._publish(arrays, plain, is_redo=True, **of)
+        self.publish(arrays, plain, is_redo=True, **of)
 
-    def publish(self, arrays: Arrays, plain: Mapping[str, Any], *, epoch: int, digest: str | None) -> None:
+    def publish(
+        self,
+        arrays: Arrays,
+        plain: Mapping[str, Any],
+        *,
+        epoch: int,
+        digest: str | None,
+        is_redo: bool = False,
+    ) -> None:
         """Decide on the state that a commit holds; cut a release from it if it may be published.
 
         Parameters
@@ -111,23 +119,9 @@ class WorkerPublishing:
             Under which it was made.
         digest : str
             Its digest.
+        is_redo : bool
+            Whether it is that of a worker that was killed: see `PublishControl.decide`.
         """
-        self._publish(arrays, plain, epoch=epoch, digest=digest, is_redo=False)
-
-    def collect(self) -> None:
-        """Remove releases that nobody needs."""
-        needed = {self._first.teacher.name, self._first.student.name, *self._control.needed()}
-        garbage_collect(self._releases, self._keep_releases, needed)
-
-    def _publish(
-        self,
-        arrays: Arrays,
-        plain: Mapping[str, Any],
-        *,
-        epoch: int,
-        digest: str | None,
-        is_redo: bool,
-    ) -> None:
         decision = self._control.decide(arrays, plain, epoch, is_redo=is_redo)
         if decision.verdict == "published":
             self._cut_release(Learned.at_cut(self._loop, arrays, plain), epoch, digest, decision)
@@ -136,6 +130,11 @@ class WorkerPublishing:
         if self.release == decision.candidate:
             self._log.add(self.release)
             self._metrics.reached("published", self._produced.take())
+
+    def collect(self) -> None:
+        """Remove releases that nobody needs."""
+        needed = {self._first.teacher.name, self._first.student.name, *self._control.needed()}
+        garbage_collect(self._releases, self._keep_releases, needed)
 
     def _cut_release(self, learned: Learned, epoch: int, digest: str | None, decision: Decision) -> None:
         current = pointed(self._releases, CURRENT)
