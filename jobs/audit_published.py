@@ -6,11 +6,10 @@ A line is written after the fact. A crash in between leaves one out; the next st
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from jobs.json_lines import append_json_line, read_json_lines
 from jobs.release_manifest import parse_name
 from pipelines.errors import SetupError
 
@@ -46,12 +45,7 @@ class PublishedLog:
         path = self._folder / _FILE
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with path.open("ab+") as file:
-                # A killed writer may have left half a line.
-                size = file.seek(0, os.SEEK_END)
-                file.seek(max(size - 1, 0))
-                torn = b"\n" if file.read(1) not in (b"", b"\n") else b""
-                file.write(torn + json.dumps({"release": release}).encode() + b"\n")
+            append_json_line(path, {"release": release})
         except OSError as error:
             raise SetupError(f"cannot write {path}: {error.strerror}.", hint="make room") from error
         self._last = release
@@ -59,13 +53,7 @@ class PublishedLog:
 
 def published_releases(folder: Path) -> list[str]:
     """Names of the releases that were published, oldest first; a torn line is left out."""
-    path, names = folder / _FILE, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            names.append(str(json.loads(line)["release"]))
-        except (ValueError, KeyError, TypeError):
-            continue
-    return names
+    return [str(line["release"]) for line in read_json_lines(folder / _FILE) if "release" in line]
 
 
 def first_published(candidate: str | None, published: Sequence[str]) -> str | None:
