@@ -21,9 +21,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from jobs.disk_errors import disk_errors
 from jobs.learned_rows import LEARNED_SCHEMA
 from monitoring.accounting import KINDS, Accounting
-from pipelines.errors import SetupError, StaleStateError
+from pipelines.errors import StaleStateError
 from pipelines.synced_files import sync_file, sync_folder
 
 __all__ = ["AuditLog", "CommitLine", "Tally", "learned_rows", "read_lines"]
@@ -169,7 +170,7 @@ class AuditLog:
         """
         name = f"commits-{epoch:06d}.jsonl"
         size = self._end.files.get(name, 0)
-        try:
+        with disk_errors("the ledger", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             file_name = self._write_learned(learned, version, epoch)
             line = self._line(tally, version, epoch, candidate, file_name)
@@ -181,11 +182,6 @@ class AuditLog:
                 file.flush()
                 os.fsync(file.fileno())
             sync_folder(self.folder)
-        except OSError as error:
-            raise SetupError(
-                f"cannot write the ledger in {self.folder}: {error}.",
-                hint="the last commit stands; make room and start the worker again",
-            ) from error
         files = {**self._end.files, name: size + len(text) + 1}
         self._end, self._last = _End(files, hashlib.sha256(text).hexdigest()), tally
         return {"files": files, "last": self._end.last}

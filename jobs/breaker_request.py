@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from pipelines.errors import SetupError
-from pipelines.synced_files import sync_folder, write_synced
+from pipelines.synced_files import replacing
 
 __all__ = ["Command", "Request", "forget_request", "read_request", "write_request"]
 
@@ -53,9 +52,8 @@ def write_request(state: Path, command: Command) -> Request:
     request = Request(uuid.uuid4().hex, command)
     temporary = state / f".{_NAME}-{request.id}"
     try:
-        write_synced(temporary, json.dumps(asdict(request)).encode())
-        os.replace(temporary, state / _NAME)
-        sync_folder(state)
+        with replacing(state / _NAME, temporary):
+            temporary.write_text(json.dumps(asdict(request)), encoding="utf-8")
     except OSError as error:
         raise SetupError(f"cannot write to {state}: {error.strerror}.") from error
     return request

@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipelines.errors import SetupError, StaleStateError
+from jobs.disk_errors import disk_errors
+from pipelines.errors import StaleStateError
 from pipelines.events import DeadLetter, EventBlock
-from pipelines.synced_files import sync_folder, write_synced
+from pipelines.synced_files import replacing
 
 __all__ = ["HeldSegment", "HeldSteps", "Hold"]
 
@@ -79,16 +80,10 @@ class HeldSegment:
             return
         content = _encode(self._blocks, self._partitions)
         temporary = folder / f".tmp-{self.name}"
-        try:
+        with disk_errors("held rows", folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_synced(temporary, content)
-            temporary.replace(folder / self.name)
-            sync_folder(folder)
-        except OSError as error:
-            raise SetupError(
-                f"cannot write held rows in {folder}: {error}.",
-                hint="the last commit stands; make room and start the worker again",
-            ) from error
+            with replacing(folder / self.name, temporary):
+                temporary.write_bytes(content)
         self.sha256 = hashlib.sha256(content).hexdigest()
         # Last: whoever finds nothing in memory finds the file.
         self._blocks = None

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from jobs.disk_errors import disk_errors
 from jobs.online import Predicted
 from models.base import sigmoid
-from pipelines.errors import SetupError
-from pipelines.synced_files import sync_file, sync_folder
+from pipelines.synced_files import replacing
 
 __all__ = ["PREDICTION_SCHEMA", "PredictionLog"]
 
@@ -115,17 +115,10 @@ class PredictionLog:
             return None
         name = f"{first_step:012d}-{last_step:012d}-{epoch:06d}.parquet"
         temporary = self.folder / f".tmp-{name}"
-        try:
+        with disk_errors("predictions", self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            pq.write_table(table, temporary, compression="zstd")
-            sync_file(temporary)
-            temporary.replace(self.folder / name)
-            sync_folder(self.folder)
-        except OSError as error:
-            raise SetupError(
-                f"cannot write predictions in {self.folder}: {error}.",
-                hint="the last commit stands; make room and start the worker again",
-            ) from error
+            with replacing(self.folder / name, temporary):
+                pq.write_table(table, temporary, compression="zstd")
         return name
 
     def keep_only(self, segments: list[str]) -> None:

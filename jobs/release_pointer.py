@@ -19,7 +19,7 @@ from pathlib import Path
 
 from jobs.release_manifest import MANIFEST, parse_name
 from pipelines.errors import ConfigError, DataError, SetupError, StaleStateError
-from pipelines.synced_files import sync_folder, write_synced
+from pipelines.synced_files import replacing
 
 __all__ = [
     "ALIASES",
@@ -214,9 +214,5 @@ def _exclusive(root: Path) -> Iterator[None]:
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        write_synced(temporary, text.encode())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with replacing(path, temporary):
+        temporary.write_text(text, encoding="utf-8")

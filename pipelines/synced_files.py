@@ -3,9 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["sync_file", "sync_folder", "write_synced"]
+__all__ = ["replacing", "sync_file", "sync_folder", "write_synced"]
+
+
+@contextmanager
+def replacing(path: Path, temporary: Path) -> Iterator[None]:
+    """Put the file that is written to ``temporary`` meanwhile in place of ``path``, which may not be there.
+
+    A reader sees the old file or the new one; when the block has ended the disk has the new one. If anything
+    goes wrong the old one stays, and ``temporary`` is removed.
+    """
+    try:
+        yield
+        sync_file(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(path.parent)
 
 
 def write_synced(path: Path, content: bytes) -> None:
