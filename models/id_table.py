@@ -14,7 +14,7 @@ from models.sighting_filter import SightingFilter
 from pipelines.config_sections import TablesConfig
 from pipelines.duration import HOUR_MS
 from pipelines.errors import StaleStateError
-from pipelines.table_rows import TableRows
+from pipelines.table_rows import ChangedRows, TableRows
 
 __all__ = ["IdTable", "SlotChanges"]
 
@@ -88,8 +88,7 @@ class IdTable:
         self.clock = -1
         self._swept_hour = -1
         self._free: Ints = np.zeros(0, np.int64)
-        self._touched = np.zeros(0, np.bool_)
-        self._all_touched = True
+        self._touched = ChangedRows(0)
 
     def __len__(self) -> int:
         """Ids that have a slot."""
@@ -170,12 +169,14 @@ class IdTable:
 
     def take_changes(self) -> tuple[dict[str, NDArray[Any]], dict[str, list[TableRows]]]:
         """What ``arrays`` gives, of the larger ones only what has changed since the last call."""
-        slots = None if self._all_touched else np.flatnonzero(self._touched)
-        self._all_touched = False
-        self._touched.fill(False)
-        tables = {"weights/ids": _rows(self.keys, slots), "ids/last_seen": _rows(self._last_seen, slots)}
+        slots = self._touched.take()
+        tables = {
+            "weights/ids": [TableRows.copied(self.keys, slots)],
+            "ids/last_seen": [TableRows.copied(self._last_seen, slots)],
+        }
         if self._filter is not None:
-            tables["ids/sightings"] = _rows(self._filter.counts, self._filter.take_touched())
+            counts = TableRows.copied(self._filter.counts, self._filter.take_touched())
+            tables["ids/sightings"] = [counts]
         return self._plain_arrays(), tables
 
     def load(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -195,8 +196,7 @@ class IdTable:
         self._index = KeyIndex(keys)
         self._last_seen = np.array(arrays.get("ids/last_seen", np.zeros(len(keys))), np.int64)
         self._free = np.flatnonzero(keys == 0)
-        self._touched = np.zeros(len(keys), np.bool_)
-        self._all_touched = True
+        self._touched = ChangedRows(len(keys))
         if "ids/clock" not in arrays:
             return
         self.clock, self._swept_hour, counted = (int(value) for value in arrays["ids/clock"])
@@ -232,13 +232,13 @@ class IdTable:
         if len(slots):
             self._index.remove(slots)
             self._last_seen[slots] = 0
-            self._touched[slots] = True
+            self._touched.add(slots)
             self._free = np.flatnonzero(self.keys == 0)
         return slots
 
     def _stamp(self, slots: Ints) -> None:
         self._last_seen[slots] = self.clock
-        self._touched[slots] = True
+        self._touched.add(slots)
 
     def _resize(self, slots: int) -> None:
         self._index.resize(slots)
@@ -247,9 +247,4 @@ class IdTable:
         last_seen[:kept] = self._last_seen[:kept]
         self._last_seen = last_seen
         self._free = np.flatnonzero(self.keys == 0)
-        self._touched = np.zeros(slots, np.bool_)
-        self._all_touched = True
-
-
-def _rows(values: NDArray[Any], rows: Ints | None) -> list[TableRows]:
-    return [TableRows(rows, values.copy() if rows is None else values[rows])]
+        self._touched = ChangedRows(slots)

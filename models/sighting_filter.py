@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.hashing import mix
+from pipelines.table_rows import ChangedRows
 
 __all__ = ["SightingFilter"]
 
@@ -57,20 +58,19 @@ class SightingFilter:
         self.counts = np.zeros(size, np.uint32)
         self.counted = 0
         self._seed = np.uint64(seed)
-        self._touched = np.zeros(size, np.bool_)
-        self._all_touched = True
+        self._touched = ChangedRows(size)
 
     def add(self, keys: NDArray[np.int64], sightings: NDArray[np.int64]) -> NDArray[np.int64]:
         """Count sightings of keys, each named once; returns how often each has been seen, these included."""
         cells = self._cells_of(keys)
         np.add.at(self.counts, cells, sightings.astype(np.uint32)[:, None])
-        self._touched[cells] = True
+        self._touched.add(cells)
         found: NDArray[np.int64] = self.counts[cells].min(axis=1).astype(np.int64)
         self.counted += int(sightings.sum())
         if self.counted >= _SIGHTINGS_PER_CELL * len(self.counts):
             self.counts >>= np.uint32(1)
             self.counted = 0
-            self._all_touched = True
+            self._touched.add_all()
         return found
 
     def reset(self) -> None:
@@ -81,14 +81,11 @@ class SightingFilter:
         """Continue from ``counts`` and ``counted`` of another."""
         self.counts[:] = counts
         self.counted = counted
-        self._all_touched = True
+        self._touched.add_all()
 
     def take_touched(self) -> NDArray[np.int64] | None:
         """Cells that have changed since the last call, ascending; None if all may have."""
-        cells = None if self._all_touched else np.flatnonzero(self._touched)
-        self._all_touched = False
-        self._touched.fill(False)
-        return cells
+        return self._touched.take()
 
     def _cells_of(self, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         quarter = len(self.counts) // _HASHES

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pipelines.duration import DAY_MS
 from pipelines.label_fold import LONG_AGO, apply_outcomes
 from pipelines.label_news import CONFIRM, FIRST, POSITIVE, Emission, News, WindowLabel
-from pipelines.table_rows import Array, TableRows
+from pipelines.table_rows import Array, ChangedRows, TableRows
 from pipelines.timers import Timers
 
 __all__ = ["LabelWindows"]
@@ -95,8 +95,7 @@ class LabelWindows:
             self._columns["said"] = np.float64
         for name, dtype in self._columns.items():
             setattr(self, name, np.zeros(capacity, dtype))
-        self._changed = np.zeros(capacity, np.bool_)
-        self._all_changed = True
+        self._changed = ChangedRows(capacity)
 
     def grow(self, capacity: int) -> None:
         for name in self._columns:
@@ -104,14 +103,13 @@ class LabelWindows:
             larger = np.zeros(capacity, column.dtype)
             larger[: len(column)] = column
             setattr(self, name, larger)
-        self._changed = np.zeros(capacity, np.bool_)
-        self._all_changed = True
+        self._changed = ChangedRows(capacity)
 
     # Opening and closing -------------------------------------------------------------------------------
 
     def open(self, slot: Ints, opened: Ints, known: Ints) -> list[Emission]:
         """Open windows; returns the rows that the policy says at once."""
-        self._changed[slot] = True
+        self._changed.add(slot)
         for name in self._columns:
             getattr(self, name)[slot] = 0
         self.opened[slot], self.known[slot], self.is_open[slot] = opened, known, True
@@ -160,7 +158,7 @@ class LabelWindows:
     def close(self, clock: int) -> tuple[Ints, list[Emission]]:
         """Slots whose window has closed by a moment, and the rows that this says (policy ``wait``)."""
         slot, due = self._closing.pop(clock)
-        self._changed[slot] = True
+        self._changed.add(slot)
         self.is_open[slot] = False
         if self._more:
             for each in slot.tolist():
@@ -174,7 +172,7 @@ class LabelWindows:
         """Policy ``relabel``: every open window with the label known before midnight (ms)."""
         slot = np.flatnonzero(self.is_open & (self.known < midnight))
         kind = np.where(self.stage[slot] == _UNSAID, FIRST, CONFIRM)
-        self._changed[slot] = True
+        self._changed.add(slot)
         self.stage[slot] = _NEGATIVE
         at = np.full(len(slot), midnight - 1)
         return [self._rows(slot, kind, at, at + 1, self.credit[slot])]
@@ -188,7 +186,7 @@ class LabelWindows:
         """
         emissions = self.catch_up(news.slot, news.known)
         slot = news.slot
-        self._changed[slot] = True
+        self._changed.add(slot)
         change = apply_outcomes(self.credit[slot], self.time[slot], news.event_time, news.op, news.credit)
         self.credit[slot], self.time[slot] = change.credit, change.time
         self.version[slot] += change.changes
@@ -215,7 +213,7 @@ class LabelWindows:
 
     def touch(self, slot: int) -> None:
         """Take note that a column of a slot has been written from outside."""
-        self._changed[slot] = True
+        self._changed.add(slot)
 
     def is_positive_said(self, slot: Ints) -> Flags:
         """Whether no later outcome will be said, for a positive row has been."""
@@ -239,7 +237,7 @@ class LabelWindows:
     def set_label(self, slot: int, known: int, label: WindowLabel) -> list[Emission]:
         """Set a label anew; returns the rows that follow at once."""
         one = np.array([slot])
-        self._changed[slot] = True
+        self._changed.add(slot)
         emissions = self.catch_up(one, np.array([known]))
         self.credit[slot], self.time[slot], self.happened[slot], self.version[slot] = label
         return emissions + self._say_positive(one, np.array([known]))
@@ -258,7 +256,7 @@ class LabelWindows:
     def _say_first(self, slot: Ints, at: Ints) -> list[Emission]:
         credit = self.credit[slot]
         positive = credit > 0
-        self._changed[slot] = True
+        self._changed.add(slot)
         emissions = [self._rows(slot, FIRST, at, at + 1, credit)]
         if self.policy == "defer":
             emissions.append(
@@ -282,7 +280,7 @@ class LabelWindows:
 
     def _say_last(self, slot: Ints, at: Ints) -> list[Emission]:
         share = 1.0 - self.said[slot]
-        self._changed[slot] = True
+        self._changed.add(slot)
         self.stage[slot] = _FINISHED
         rows = share > 0
         slot, at, share = slot[rows], at[rows], share[rows]
@@ -329,14 +327,8 @@ class LabelWindows:
         whole: dict[str, Array] = dict(self._copies())
         for name, timers in self._timers().items():
             whole.update({f"{name}_{part}": value for part, value in timers.parts().items()})
-        slots = None if self._all_changed else np.flatnonzero(self._changed)
-        columns = {name: getattr(self, name) for name in self._columns}
-        rows = {
-            name: [TableRows(slots, column.copy() if slots is None else column[slots])]
-            for name, column in columns.items()
-        }
-        self._changed.fill(False)
-        self._all_changed = False
+        slots = self._changed.take()
+        rows = {name: [TableRows.copied(getattr(self, name), slots)] for name in self._columns}
         return whole, rows
 
     def _copies(self) -> dict[str, NDArray[np.generic]]:
@@ -349,8 +341,7 @@ class LabelWindows:
     def load_state(self, arrays: dict[str, NDArray[np.generic]]) -> None:
         for name, dtype in self._columns.items():
             setattr(self, name, np.array(arrays[name], dtype))
-        self._changed = np.zeros(len(self.opened), np.bool_)
-        self._all_changed = True
+        self._changed = ChangedRows(len(self.opened))
         for name, timers in self._timers().items():
             timers.load_state({part: arrays[f"{name}_{part}"] for part in ("slots", "due", "border")})
         self._more = {}

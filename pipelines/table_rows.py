@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Array", "RowLog", "TableRows"]
+__all__ = ["Array", "ChangedRows", "RowLog", "TableRows"]
 
 # An array, or the parts that make it up, one after the other: joining them is left to who needs the whole.
 Array = NDArray[Any] | list[NDArray[Any]]
@@ -27,6 +27,48 @@ class TableRows:
 
     rows: NDArray[np.int64] | None
     values: NDArray[Any]
+
+    @classmethod
+    def copied(cls, table: NDArray[Any], rows: NDArray[np.int64] | None) -> TableRows:
+        """Some rows of a table, or all, as they are now."""
+        return cls(rows, table.copy() if rows is None else table[rows])
+
+
+class ChangedRows:
+    """Which rows were written since somebody last asked; at first, all.
+
+    Parameters
+    ----------
+    rows : int
+
+    Examples
+    --------
+    >>> changed = ChangedRows(4)
+    >>> changed.take() is None
+    True
+    >>> changed.add(np.array([3, 1]))
+    >>> changed.take().tolist(), changed.take().tolist()
+    ([1, 3], [])
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._is_changed = np.zeros(rows, np.bool_)
+        self._is_all = True
+
+    def add(self, rows: NDArray[np.int64] | int) -> None:
+        """Take note of rows that are written."""
+        self._is_changed[rows] = True
+
+    def add_all(self) -> None:
+        """Take note that any row may have been written."""
+        self._is_all = True
+
+    def take(self) -> NDArray[np.int64] | None:
+        """Rows written since the last call, ascending; None if all may have been."""
+        rows = None if self._is_all else np.flatnonzero(self._is_changed)
+        self._is_changed.fill(False)
+        self._is_all = False
+        return rows
 
 
 class RowLog:
