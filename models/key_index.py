@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pipelines.hash_cells import EMPTY, fill_cells
+from pipelines.hash_cells import EMPTY, fill_cells, find_cells
 
 __all__ = ["KeyIndex"]
 
@@ -47,20 +47,8 @@ class KeyIndex:
     def find(self, keys: Ints) -> Ints:
         """Slot of each key, -1 where there is none; of any shape."""
         flat = keys.reshape(-1)
-        found = np.full(len(flat), -1, np.int64)
-        cell = flat & self._mask
-        rows = np.arange(len(flat))
-        step = 0
-        while len(rows):
-            slot = self._cells[cell]
-            taken = (slot != EMPTY).nonzero()[0]
-            rows, cell, slot = rows[taken], cell[taken], slot[taken]
-            is_hit = self.keys[slot] == flat[rows]
-            found[rows[is_hit]] = slot[is_hit]
-            rest = (~is_hit).nonzero()[0]
-            step += 1
-            rows, cell = rows[rest], (cell[rest] + step) & self._mask
-        return found.reshape(keys.shape)
+        cell = find_cells(self._cells, flat & self._mask, lambda slot, row: self.keys[slot] == flat[row])
+        return np.where(cell >= 0, self._cells[cell], -1).astype(np.int64).reshape(keys.shape)
 
     def put(self, slots: Ints, keys: Ints) -> None:
         """Give free slots to keys that have none; each is named once."""

@@ -8,7 +8,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pipelines.hash_cells import EMPTY, fill_cells
+from pipelines.hash_cells import EMPTY, fill_cells, find_cells
 from pipelines.table_rows import Array, RowLog, TableRows
 
 __all__ = ["Keys", "SlotTable", "hash_ids"]
@@ -166,22 +166,12 @@ class SlotTable:
         fill_cells(self._cells, slots, (self.keys[slots, 0] & mask).astype(np.int64))
 
     def _cell_of(self, keys: Keys) -> Ints:
-        mask = len(self._cells) - 1
-        found = np.full(len(keys), -1, np.int64)
-        cell = (keys[:, 0] & np.uint64(mask)).astype(np.int64)
-        rows = np.arange(len(keys))
-        step = 0
-        while len(rows):
-            slot = self._cells[cell]
-            taken = (slot != EMPTY).nonzero()[0]
-            rows, cell, slot = rows[taken], cell[taken], slot[taken]
+        def is_hit(slot: NDArray[np.int32], row: Ints) -> Flags:
             # What was removed has no slot; the row of keys that -2 names is another's.
-            is_hit = (self.keys[slot] == keys[rows]).all(1) & (slot >= 0)
-            found[rows[is_hit]] = cell[is_hit]
-            rest = (~is_hit).nonzero()[0]
-            step += 1
-            rows, cell = rows[rest], (cell[rest] + step) & mask
-        return found
+            return np.asarray((self.keys[slot] == keys[row]).all(1) & (slot >= 0), np.bool_)
+
+        mask = np.uint64(len(self._cells) - 1)
+        return find_cells(self._cells, (keys[:, 0] & mask).astype(np.int64), is_hit)
 
 
 def _is_first(keys: Keys) -> Flags:
