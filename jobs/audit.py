@@ -21,8 +21,9 @@ from jobs.audit_published import first_published, published_releases
 from jobs.hold import HeldSegment, Hold
 from jobs.predictions import PREDICTION_SCHEMA
 from jobs.state_head import head_state
-from monitoring.accounting import CLASSES, KINDS
+from monitoring.accounting import CLASSES
 from pipelines.cursor import TopicPartition
+from pipelines.events import KINDS
 from pipelines.hashing import hash_text
 from pipelines.joiner import TASKS
 from pipelines.label_news import CONFIRM, FIRST, POSITIVE

@@ -23,8 +23,9 @@ import pyarrow.parquet as pq
 
 from jobs.disk_errors import disk_errors
 from jobs.learned_rows import LEARNED_SCHEMA
-from monitoring.accounting import KINDS, Accounting
+from monitoring.accounting import Accounting
 from pipelines.errors import StaleStateError
+from pipelines.events import KINDS
 from pipelines.synced_files import sync_file, sync_folder
 
 __all__ = ["AuditLog", "CommitLine", "Tally", "learned_rows", "read_lines"]

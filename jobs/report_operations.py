@@ -24,7 +24,8 @@ from jobs.report_blocks import (
 )
 from jobs.report_run import RunFolder
 from jobs.report_verdicts import FRESHNESS_BUDGET_S, slowest_stage
-from monitoring.accounting import CLASSES, KINDS
+from monitoring.accounting import CLASSES
+from pipelines.events import KINDS
 
 __all__ = [
     "accounting_section",

@@ -20,11 +20,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipelines.errors import DataError
+from pipelines.events import KINDS
 
-__all__ = ["CLASSES", "KINDS", "Accounting"]
+__all__ = ["CLASSES", "Accounting"]
 
 CLASSES = ("trained", "late", "duplicate", "superseded", "dead_lettered", "expired", "pending", "warm_up")
-KINDS = ("impression", "click", "conversion")
 
 
 class Accounting:

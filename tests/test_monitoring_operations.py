@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from monitoring.accounting import CLASSES, KINDS, Accounting
+from monitoring.accounting import CLASSES, Accounting
 from monitoring.base_rate import running_base_rate_log_loss
 from monitoring.consistency import consistency, spearman
 from monitoring.freshness import RELATIVE_ERROR, LatencyHistogram
@@ -30,6 +30,7 @@ from monitoring.verdicts import (
     verdict_table,
 )
 from pipelines.errors import DataError
+from pipelines.events import KINDS
 
 
 def test_spearman_is_that_of_scipy_with_ties() -> None:
