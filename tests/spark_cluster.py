@@ -9,9 +9,9 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import pyspark
 
@@ -47,10 +47,13 @@ class SparkCluster:
         return state
 
     def alive_workers(self) -> int:
-        """Workers that have registered."""
+        """Workers that have registered; none while the master does not answer, or not yet with its state.
+
+        The master's page is up before what it serves is: until then it answers, but with no JSON.
+        """
         try:
             return int(self.state()["aliveworkers"])
-        except (URLError, OSError):
+        except (OSError, HTTPException, json.JSONDecodeError):
             return 0
 
     def settings(self, events: Path) -> dict[str, str]:
