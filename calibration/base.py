@@ -6,7 +6,8 @@ Conventions
   where; ``-inf`` and ``inf`` count as ``-LOGIT_LIMIT`` and ``LOGIT_LIMIT``.
 - ``probability``: shape ``(n,)``, float64, strictly inside (0, 1).
 - ``label``: shape ``(n,)``, in [0, 1]; a soft label ``c`` is ``c`` of a positive and ``1 - c`` of a negative.
-- ``weight``: shape ``(n,)``, > 0; a weight of 2 means the row twice. ``None`` means 1 for every row.
+- ``weight``: shape ``(n,)``, >= 0; a weight of 2 means the row twice, 0 that it is not there. ``None`` means
+  1 for every row.
 - No space is ever guessed from values: an argument is called ``logit`` or ``probability``.
 - Calibrators are strictly increasing in the logit: no ranking is lost (the one exception, by design, is
   :mod:`calibration.segments`, which moves segments against each other).
@@ -16,7 +17,7 @@ Conventions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, Self, runtime_checkable
 
 import numpy as np
@@ -33,6 +34,7 @@ __all__ = [
     "checked_probability",
     "checked_rows",
     "checked_weight",
+    "row_chunks",
 ]
 
 # An importance weight of a million is a mistake upstream, and fixed-point sums must have a bound.
@@ -62,13 +64,23 @@ def _as_vector(values: npt.ArrayLike, name: str) -> FloatArray:
         vector = np.ascontiguousarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(f"{name} must be numbers; got {type(values).__name__}: {error}.") from error
-    if np.ndim(values) != 1:
-        raise DataError(f"{name} must have shape (n,); got shape {np.shape(values)}.")
+    _check_shape(values, name)
     return vector
 
 
-def checked_logit(logit: npt.ArrayLike) -> FloatArray:
+def _check_shape(values: npt.ArrayLike, name: str) -> None:
+    if np.ndim(values) != 1:
+        raise DataError(f"{name} must have shape (n,); got shape {np.shape(values)}.")
+
+
+def checked_logit(logit: npt.ArrayLike, first_row: int = 0) -> FloatArray:
     """The logits as ``(n,)`` float64 within ``[-LOGIT_LIMIT, LOGIT_LIMIT]``.
+
+    Parameters
+    ----------
+    logit : array_like, shape (n,)
+    first_row : int
+        What an error calls the first of these rows.
 
     Raises
     ------
@@ -86,11 +98,12 @@ def checked_logit(logit: npt.ArrayLike) -> FloatArray:
     hint: a NaN logit means that the model or its features are broken; calibration cannot repair it
     """
     vector = _as_vector(logit, "logit")
-    broken = np.isnan(vector)
-    if broken.any():
+    # The least of numbers is NaN if one of them is: one pass where nothing is wrong.
+    if len(vector) and np.isnan(vector.min()):
+        broken = np.isnan(vector)
         raise DataError(
             f"logit must not be NaN; got {int(broken.sum())} NaN among {len(vector)} rows, "
-            f"first at row {int(broken.argmax())}.",
+            f"first at row {first_row + int(broken.argmax())}.",
             hint="a NaN logit means that the model or its features are broken; calibration cannot repair it",
         )
     clipped: FloatArray = np.clip(vector, -LOGIT_LIMIT, LOGIT_LIMIT)
@@ -107,39 +120,57 @@ def checked_probability(probability: npt.ArrayLike) -> FloatArray:
     return vector
 
 
-def checked_label(label: npt.ArrayLike, rows: int) -> FloatArray:
+def checked_label(label: npt.ArrayLike, rows: int, first_row: int = 0) -> FloatArray:
     """The labels as ``(n,)`` float64 in [0, 1]; ``DataError`` otherwise."""
     vector = _as_vector(label, "label")
-    if len(vector) != rows:
-        raise DataError(f"label must have one entry a row; got {len(vector)} labels for {rows} rows.")
+    _check_length(len(vector), rows, "label")
     # Written so that NaN fails too.
-    good = (vector >= 0.0) & (vector <= 1.0)
-    if not good.all():
-        first = int(good.argmin())
-        raise DataError(f"label must be in [0, 1]; got {vector[first]} at row {first}.")
+    if rows and not (vector.min() >= 0.0 and vector.max() <= 1.0):
+        first = int(((vector >= 0.0) & (vector <= 1.0)).argmin())
+        raise DataError(f"label must be in [0, 1]; got {vector[first]} at row {first_row + first}.")
     return vector
 
 
-def checked_weight(weight: npt.ArrayLike | None, rows: int) -> FloatArray:
-    """The weights as ``(n,)`` float64 in (0, MAXIMUM_WEIGHT], ones for ``None``; ``DataError`` otherwise."""
+def checked_weight(weight: npt.ArrayLike | None, rows: int, first_row: int = 0) -> FloatArray:
+    """The weights as ``(n,)`` float64 in [0, MAXIMUM_WEIGHT], ones for ``None``; ``DataError`` otherwise."""
     if weight is None:
         return np.ones(rows)
     vector = _as_vector(weight, "weight")
-    if len(vector) != rows:
-        raise DataError(f"weight must have one entry a row; got {len(vector)} weights for {rows} rows.")
-    good = (vector > 0.0) & (vector <= MAXIMUM_WEIGHT)
-    if not good.all():
-        first = int(good.argmin())
+    _check_length(len(vector), rows, "weight")
+    if rows and not (vector.min() >= 0.0 and vector.max() <= MAXIMUM_WEIGHT):
+        first = int(((vector >= 0.0) & (vector <= MAXIMUM_WEIGHT)).argmin())
         raise DataError(
-            f"weight must be above 0 and at most {MAXIMUM_WEIGHT:.0f}; got {vector[first]} at row {first}.",
-            hint="leave rows of weight 0 out",
+            f"weight must be at least 0 and at most {MAXIMUM_WEIGHT:.0f}; got {vector[first]} "
+            f"at row {first_row + first}.",
+            hint="divide all weights by a common factor, and look where so large a one comes from",
         )
     return vector
+
+
+def _check_length(found: int, rows: int, name: str) -> None:
+    if found != rows:
+        raise DataError(f"{name} must have one entry a row; got {found} {name}s for {rows} rows.")
 
 
 def checked_rows(
     logit: npt.ArrayLike, label: npt.ArrayLike, weight: npt.ArrayLike | None
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Logit, label and weight of the same rows, each checked and of shape ``(n,)``."""
+    """Logit, label and weight of the same rows, each checked and of shape ``(n,)``; weights of 0 left in."""
     vector = checked_logit(logit)
     return vector, checked_label(label, len(vector)), checked_weight(weight, len(vector))
+
+
+def row_chunks(
+    logit: npt.ArrayLike, label: npt.ArrayLike, weight: npt.ArrayLike | None, size: int
+) -> Iterator[tuple[FloatArray, FloatArray, FloatArray | None]]:
+    """The rows of :func:`checked_rows`, ``size`` at a time, so that no copy of all of them is made."""
+    z, y, w = np.asarray(logit), np.asarray(label), None if weight is None else np.asarray(weight)
+    for name, column in (("logit", z), ("label", y), ("weight", w)):
+        if column is not None:
+            _check_shape(column, name)
+            _check_length(len(column), len(z), name)
+    for first in range(0, len(z), size):
+        part = slice(first, first + size)
+        logits = checked_logit(z[part], first)
+        labels = checked_label(y[part], len(logits), first)
+        yield logits, labels, None if w is None else checked_weight(w[part], len(logits), first)

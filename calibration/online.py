@@ -163,7 +163,7 @@ class OnlinePlatt:
             Bad values; nothing is learned then.
         """
         z, y, w = checked_rows(logit, label, weight)
-        if not len(z):
+        if not w.any():
             return
         if self.centre is None:
             self.centre = information_centre(z, w)

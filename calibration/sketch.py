@@ -1,55 +1,93 @@
 """A mergeable summary of (logit, label, weight): the one thing calibration and its metrics need to keep.
 
-4096 bins of 1/128 logit over [-16, 16). Whatever lies outside goes to the first or last bin. Per bin three
-sums in fixed point (int64), each row rounded on its own, so that the sums do not depend on the order or the
-batching of rows:
+4096 bins of 1/128 logit over [-16, 16). Whatever lies outside goes to the first or last bin. Per bin five
+sums in fixed point (int64), each row rounded on its own (half to even), so that the sums do not depend on
+the order or the batching of rows, nor on the engine (:mod:`calibration.sketch_layout`):
 
-=========== =========================== ============ ====================================
-sum         of                          unit         largest sum in one bin
-=========== =========================== ============ ====================================
-rows        weight                      2**-24       5e11
-positives   weight x label              2**-24       5e11
-expected    weight x sigmoid(logit)     2**-32       2e9
-=========== =========================== ============ ====================================
+================ ============================ ======= ==================== ===================
+sum              of                           unit    largest in one bin   for
+================ ============================ ======= ==================== ===================
+rows             weight                       2**-24  5e11                 everything
+positives        weight x label               2**-24  5e11                 everything
+expected         weight x probability         2**-32  2e9                  level, bin's logit
+squares          weight x weight              2**-16  1e14                 variances
+positive_squares weight x weight x label      2**-16  1e14                 variances
+================ ============================ ======= ==================== ===================
 
 So ``a + b == b + a`` and ``(a + b) + c == a + (b + c)`` hold to the bit, across Spark partitions, windows
-and replays. Keep one sketch per (release, segment, label maturity): the sums of two models must never meet.
+and replays. Keep one sketch per (release, task, segment, label maturity), in a
+:class:`calibration.sketch_book.SketchBook`: the sums of two models must never meet.
 
-The price is resolution, not bias: two rows of one bin differ by at most 1/128 in logit, which costs log
-loss at most about 2e-6 and AUC half of the pairs inside one bin.
+Nothing is fitted to the sums of squares, so that a weight of 2 and the row twice give the same calibrator;
+they say how much a weighted sum scatters, where twice the weight of one row is not two rows.
+
+The price is resolution, not bias: two rows of one bin differ by at most 1/128 in logit.
+:mod:`calibration.sketch_metrics` bounds what that costs each metric.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from calibration import quality
-from calibration.base import checked_rows
-from calibration.link import FloatArray, logit_of, sigmoid
+from calibration.base import row_chunks
+from calibration.link import LOGIT_LIMIT, FloatArray, logit_of
+from calibration.sketch_layout import (
+    BINS,
+    BINS_PER_LOGIT,
+    FIRST_CELL,
+    LOWEST_LOGIT,
+    SUMS,
+    UNITS,
+    IntArray,
+    cells_of,
+    probability_of,
+)
 from calibration.state import expect_fields
 from pipelines.errors import DataError, StaleStateError
 
-__all__ = ["LogitSketch"]
+__all__ = ["BINS", "Bins", "LogitSketch"]
 
-BINS = 4096
-LOWEST_LOGIT = -16.0
-BINS_PER_LOGIT = 128.0
-ROW_UNIT = 2.0**-24
-EXPECTED_UNIT = 2.0**-32
 # Fixed-point bits of a decay factor: 2**33 (high half of a count) x 2**30 just fits int64.
 DECAY_BITS = 30
 # A margin below 2**63: sums are checked in float64 before they are made.
 _CAPACITY = 2.0**62.9
-_LAYOUT = [BINS, int(LOWEST_LOGIT), int(BINS_PER_LOGIT), 24, 32]
+# Sums of whole numbers below it are exact in float64.
+_EXACT = 2.0**53
+# Small enough that all that is made for a chunk stays in the processor's cache.
+_CHUNK_ROWS = 2**16
+_LAYOUT = [BINS, int(LOWEST_LOGIT), int(BINS_PER_LOGIT), 24, 24, 32, 16, 16]
+# Sums that forget with the square of the factor.
+_SQUARES = slice(3, 5)
 
 _EDGES = LOWEST_LOGIT + np.arange(BINS + 1) / BINS_PER_LOGIT
 # Bin representatives stay clear of the edges, so that they increase strictly from bin to bin.
 _INSET = 0.01 / BINS_PER_LOGIT
+
+
+class Bins(NamedTuple):
+    """The bins that hold rows, in increasing order; arrays of shape ``(bins held,)``.
+
+    Attributes
+    ----------
+    lower_logit, upper_logit : ndarray
+        Edges; the first and last bin reach to the ends of the logits that count.
+    rows, positives, expected, squares, positive_squares : ndarray
+        The sums, see :mod:`calibration.sketch`.
+    """
+
+    lower_logit: FloatArray
+    upper_logit: FloatArray
+    rows: FloatArray
+    positives: FloatArray
+    expected: FloatArray
+    squares: FloatArray
+    positive_squares: FloatArray
 
 
 class LogitSketch:
@@ -59,7 +97,7 @@ class LogitSketch:
     --------
     >>> rng = np.random.default_rng(0)
     >>> logit = rng.normal(-3.0, 1.0, 20_000)
-    >>> label = rng.random(20_000) < sigmoid(logit)
+    >>> label = rng.random(20_000) < 1.0 / (1.0 + np.exp(-logit))
     >>> whole, half = LogitSketch(), LogitSketch()
     >>> whole.update(logit, label)
     >>> half.update(logit[:7_000], label[:7_000])
@@ -72,35 +110,39 @@ class LogitSketch:
     """
 
     def __init__(self) -> None:
-        # Rows of this array: rows, positives, expected.
-        self._sums = np.zeros((3, BINS), dtype=np.int64)
+        # Rows of this array: as in SUMS.
+        self._sums = np.zeros((len(SUMS), BINS), dtype=np.int64)
 
     # -- adding rows and sketches ------------------------------------------------------------------
 
     def update(self, logit: npt.ArrayLike, label: npt.ArrayLike, weight: npt.ArrayLike | None = None) -> None:
-        """Add rows; conventions of :mod:`calibration.base`.
+        """Add rows; conventions of :mod:`calibration.base`. Takes some 10 MB beside the rows, however many.
 
         Raises
         ------
         DataError
             Bad values (nothing is added then), or more weight than the fixed point holds.
         """
-        z, y, w = checked_rows(logit, label, weight)
-        if not len(z):
-            return
-        position = np.floor((z - LOWEST_LOGIT) * BINS_PER_LOGIT)
-        index = np.clip(position, 0, BINS - 1).astype(np.int64)
-        in_units = (w / ROW_UNIT, w * y / ROW_UNIT, w * sigmoid(z) / EXPECTED_UNIT)
-        for sums, amount in zip(self._sums, in_units, strict=True):
-            _check_capacity(float(sums.max()) + float(amount.sum()))
-        for sums, amount in zip(self._sums, in_units, strict=True):
-            # int64 addition, not float bincount: exact whatever the number of rows.
-            np.add.at(sums, index, np.rint(amount).astype(np.int64))
+        sums = self._sums.copy()
+        for z, y, w in row_chunks(logit, label, weight, _CHUNK_ROWS):
+            cell, offset = cells_of(z)
+            place = np.clip(cell - FIRST_CELL, 0, BINS - 1)
+            for one, (amount, largest) in zip(sums, _amounts(y, w, cell, offset), strict=True):
+                _add(one, place, amount, largest)
+        self._sums = sums
+
+    @classmethod
+    def of(cls, logit: npt.ArrayLike, label: npt.ArrayLike, weight: npt.ArrayLike | None = None) -> Self:
+        """A sketch of these rows; arguments of :meth:`update`."""
+        sketch = cls()
+        sketch.update(logit, label, weight)
+        return sketch
 
     def merge(self, other: LogitSketch) -> None:
         """Add another sketch's rows to this one, exactly."""
-        _check_capacity(float(self._sums.max()) + float(other._sums.max()))
-        self._sums += other._sums
+        for mine, theirs in zip(self._sums, other._sums, strict=True):
+            _check_capacity(float(mine.max()) + float(theirs.max()))
+        self._sums = self._sums + other._sums
 
     def subtract(self, other: LogitSketch) -> None:
         """Take out rows that were added before, exactly; ``DataError`` if they were not all there."""
@@ -120,11 +162,12 @@ class LogitSketch:
         return difference
 
     def decay(self, factor: float) -> None:
-        """Forget: every sum ``c`` becomes ``floor(c * round(factor * 2**30) / 2**30)``, exactly.
+        """Forget: every weight ``w`` becomes about ``factor * w``.
 
-        Rounding down makes every bin reach 0 in the end and keeps positives <= rows. The result does not
-        depend on the platform's floats. Decay does not commute with :meth:`merge` to the last unit (6e-8 of
-        a row a bin).
+        With ``f = round(factor * 2**30)``, a sum ``c`` becomes ``floor(c f / 2**30)``, exactly, and a sum of
+        squares ``floor(floor(c f / 2**30) f / 2**30)``. Rounding down makes every bin reach 0 in the end and
+        keeps positives <= rows. The result does not depend on the platform's floats. Decay does not commute
+        with :meth:`merge` to the last unit (6e-8 of a row a bin).
 
         Parameters
         ----------
@@ -134,9 +177,8 @@ class LogitSketch:
         if not 0.0 <= factor <= 1.0:
             raise DataError(f"decay factor must be in [0, 1]; got {factor}.")
         scaled = round(factor * 2**DECAY_BITS)
-        # c = high * 2**30 + low, so c * scaled >> 30 = high * scaled + (low * scaled >> 30): no overflow.
-        high, low = self._sums >> DECAY_BITS, self._sums & (2**DECAY_BITS - 1)
-        self._sums = high * scaled + ((low * scaled) >> DECAY_BITS)
+        self._sums = _scaled(self._sums, scaled)
+        self._sums[_SQUARES] = _scaled(self._sums[_SQUARES], scaled)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -144,19 +186,25 @@ class LogitSketch:
     def rows(self) -> float:
         """Σ weight: the support of every number read from this sketch."""
         total: int = sum(self._sums[0].tolist())
-        return total * ROW_UNIT
+        return total * UNITS[0]
 
     @property
     def positives(self) -> float:
         """Σ weight x label."""
         total: int = sum(self._sums[1].tolist())
-        return total * ROW_UNIT
+        return total * UNITS[0]
 
     @property
     def expected(self) -> float:
         """Σ weight x probability, with the probability the model gave."""
         total: int = sum(self._sums[2].tolist())
-        return total * EXPECTED_UNIT
+        return total * UNITS[2]
+
+    @property
+    def effective_rows(self) -> float:
+        """``(Σ weight)² / Σ weight²``: how many rows of equal weight tell as much (Kish 1965); 0 without."""
+        squares: int = sum(self._sums[3].tolist())
+        return self.rows**2 / (squares * UNITS[3]) if squares else 0.0
 
     def bins(self) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
         """The bins that hold rows, in increasing order.
@@ -173,6 +221,14 @@ class LogitSketch:
         lower = np.where(held == 0, -np.inf, _EDGES[held] + _INSET)
         upper = np.where(held == BINS - 1, np.inf, _EDGES[held + 1] - _INSET)
         return np.clip(logit, lower, upper), rows, positives, expected
+
+    def binned(self) -> Bins:
+        """Every sum of the bins that hold rows, with the bins' edges."""
+        held = self._held()
+        edges = _EDGES.copy()
+        edges[[0, -1]] = -LOGIT_LIMIT, LOGIT_LIMIT
+        sums = self._sums[:, held] * np.array(UNITS)[:, None]
+        return Bins(edges[held], edges[held + 1], *sums)
 
     def log_loss(self) -> float:
         """Mean log loss in nats of the probabilities the model gave; ``nan`` without rows."""
@@ -218,31 +274,36 @@ class LogitSketch:
     def state(self) -> dict[str, Any]:
         """Plain JSON data: only the bins that hold something, sums as integers in units."""
         held = np.flatnonzero(self._sums.any(axis=0))
-        rows, positives, expected = self._sums[:, held].tolist()
-        return {
-            "kind": "logit_sketch",
-            "layout": list(_LAYOUT),
-            "bins": held.tolist(),
-            "rows": rows,
-            "positives": positives,
-            "expected": expected,
-        }
+        sums = zip(SUMS, self._sums[:, held].tolist(), strict=True)
+        return {"kind": "logit_sketch", "layout": list(_LAYOUT), "bins": held.tolist(), **dict(sums)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The sketch that :meth:`state` described; ``StaleStateError`` if it cannot be one."""
-        expect_fields(state, "logit_sketch", ("layout", "bins", "rows", "positives", "expected"))
+        expect_fields(state, "logit_sketch", ("layout", "bins", *SUMS))
         if list(state["layout"]) != _LAYOUT:
             raise StaleStateError(f"expected a sketch of layout {_LAYOUT}; got {state['layout']}.")
-        sketch = cls()
-        columns = [state[name] for name in ("rows", "positives", "expected")]
-        bins = state["bins"]
-        in_range = all(isinstance(b, int) and 0 <= b < BINS for b in bins)
-        in_order = in_range and all(a < b for a, b in itertools.pairwise(bins))
+        columns = [state[name] for name in SUMS]
         whole = all(isinstance(v, int) and 0 <= v < 2**63 for column in columns for v in column)
-        if not in_order or not whole or any(len(column) != len(bins) for column in columns):
-            raise StaleStateError("logit sketch is damaged: bins must increase and sums be integers >= 0.")
-        sketch._sums[:, bins] = np.array(columns, dtype=np.int64).reshape(3, len(bins))
+        bins = state["bins"]
+        if not whole or any(len(column) != len(bins) for column in columns):
+            raise StaleStateError(_DAMAGED)
+        return cls.from_units(bins, np.array(columns, dtype=np.int64).reshape(len(SUMS), len(bins)))
+
+    def units(self) -> tuple[IntArray, IntArray]:
+        """The bins that hold something, increasing, and their sums in units, shape (5, bins)."""
+        held = np.flatnonzero(self._sums.any(axis=0))
+        return held, self._sums[:, held]
+
+    @classmethod
+    def from_units(cls, bins: npt.ArrayLike, units: npt.ArrayLike) -> Self:
+        """The sketch of :meth:`units`; ``StaleStateError`` if it cannot be one."""
+        sketch, sums = cls(), np.asarray(units)
+        in_range = all(isinstance(b, (int, np.integer)) and 0 <= b < BINS for b in np.asarray(bins).tolist())
+        in_order = in_range and all(a < b for a, b in itertools.pairwise(np.asarray(bins).tolist()))
+        if not in_order or sums.shape != (len(SUMS), len(np.asarray(bins))) or (sums < 0).any():
+            raise StaleStateError(_DAMAGED)
+        sketch._sums[:, np.asarray(bins, dtype=np.int64)] = sums
         return sketch
 
     # -- internals ---------------------------------------------------------------------------------
@@ -251,13 +312,51 @@ class LogitSketch:
         return np.flatnonzero(self._sums[0])
 
     def _floats(self, held: npt.NDArray[np.intp]) -> tuple[FloatArray, FloatArray, FloatArray]:
-        rows, positives, expected = self._sums[:, held]
-        return rows * ROW_UNIT, positives * ROW_UNIT, expected * EXPECTED_UNIT
+        rows, positives, expected = self._sums[:3, held]
+        return rows * UNITS[0], positives * UNITS[1], expected * UNITS[2]
+
+
+_DAMAGED = "logit sketch is damaged: bins must increase and sums be integers >= 0."
+
+
+def _amounts(
+    y: FloatArray, w: FloatArray | None, cell: IntArray, offset: FloatArray
+) -> list[tuple[FloatArray | None, float]]:
+    """What each row adds to each sum, in units and not yet rounded, and a bound on it; None is one row."""
+    p = probability_of(cell, offset)
+    if w is None:
+        y_units, y_squares = (y / UNITS[1], 1 / UNITS[1]), (y / UNITS[4], 1 / UNITS[4])
+        return [(None, 1 / UNITS[0]), y_units, (p / UNITS[2], 1 / UNITS[2]), (None, 1 / UNITS[3]), y_squares]
+    squares, largest = w * w, float(w.max())
+    amounts = (w, w * y, w * p, squares, squares * y)
+    bounds = (largest, largest, largest, largest**2, largest**2)
+    return [(a / unit, b / unit) for a, b, unit in zip(amounts, bounds, UNITS, strict=True)]
+
+
+def _add(sums: IntArray, place: IntArray, amount: FloatArray | None, largest: float) -> None:
+    """Add the rounded amounts to their bins, exactly; ``DataError`` if that might be too much."""
+    if amount is None:
+        _check_capacity(float(sums.max()) + largest * len(place))
+        sums += np.bincount(place, minlength=BINS) * int(largest)
+        return
+    _check_capacity(float(sums.max()) + float(amount.sum()))
+    np.rint(amount, out=amount)
+    if (largest + 1.0) * len(place) < _EXACT:
+        sums += np.bincount(place, amount, minlength=BINS).astype(np.int64)
+    else:
+        np.add.at(sums, place, amount.astype(np.int64))
+
+
+def _scaled(sums: IntArray, scaled: int) -> IntArray:
+    # c = high * 2**30 + low, so c * scaled >> 30 = high * scaled + (low * scaled >> 30): no overflow.
+    high, low = sums >> DECAY_BITS, sums & (2**DECAY_BITS - 1)
+    result: IntArray = high * scaled + ((low * scaled) >> DECAY_BITS)
+    return result
 
 
 def _check_capacity(units: float) -> None:
     if not units < _CAPACITY:
         raise DataError(
-            "the sketch is full: one bin may hold 5e11 weighted rows and 2e9 expected positives.",
+            "the sketch is full: one bin may hold Σ weight of 5e11, Σ weight² of 1e14 and 2e9 expected positives.",
             hint="decay it, or keep one sketch a day and merge only what is read together",
         )

@@ -231,7 +231,7 @@ def test_a_refused_update_teaches_no_part_anything() -> None:
     chain, logit, label, keys = full_chain()
     before = chain.digest()
     bad_label, bad_weight, bad_logit = label.copy(), np.ones(len(label)), logit.copy()
-    bad_label[-1], bad_weight[-1], bad_logit[-1] = 3.0, 0.0, np.nan
+    bad_label[-1], bad_weight[-1], bad_logit[-1] = 3.0, -1.0, np.nan
     for z, y, w in ((bad_logit, label, None), (logit, bad_label, None), (logit, label, bad_weight)):
         with pytest.raises(DataError):
             chain.update(z, y, w, keys)

@@ -159,7 +159,7 @@ def test_smaller_floats_and_integers_are_taken_as_they_are(calibrator: Calibrato
         ([0, float("nan")], None, "label"),
         ([0], None, "1 labels for 2 rows"),
         ([0, 1], [1.0], "1 weights for 2 rows"),
-        ([0, 1], [1.0, 0.0], "weight.*0.0 at row 1"),
+        ([0, 1], [1.0, 1e12], "weight.*1000000000000.0 at row 1"),
         ([0, 1], [1.0, -1.0], "weight"),
         ([0, 1], [1.0, float("nan")], "weight"),
         ([0, 1], [1.0, float("inf")], "weight"),

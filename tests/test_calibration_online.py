@@ -203,7 +203,7 @@ def test_a_refused_batch_changes_nothing() -> None:
     online = OnlinePlatt()
     online.update([0.0, 1.0], [0, 1])
     before = online.state()
-    for bad in (([np.nan], [0], None), ([0.0], [2], None), ([0.0], [1], [0.0])):
+    for bad in (([np.nan], [0], None), ([0.0], [2], None), ([0.0], [1], [-1.0])):
         with pytest.raises(DataError):
             online.update(*bad)
     assert online.state() == before

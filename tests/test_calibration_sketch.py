@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+import tracemalloc
+from decimal import Decimal, localcontext
 from typing import Any
 
 import numpy as np
 import pytest
+import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss as sklearn_log_loss
 from sklearn.metrics import roc_auc_score
 
 from calibration.link import logit_of, sigmoid
-from calibration.sketch import BINS, LogitSketch
+from calibration.sketch import LogitSketch
+from calibration.sketch_layout import BINS, CELLS, SUMS, cells_of, probability_of, taylor
 from pipelines.errors import DataError, StaleStateError
 
 ROW = st.tuples(
     st.floats(-60, 60) | st.sampled_from([-np.inf, np.inf, -16.0, 16.0, 0.0]),
     st.sampled_from([0.0, 1.0, 0.25]),
-    st.floats(2**-20, 2**20),
+    st.floats(0, 2**20),
 )
 ROWS = st.lists(ROW, max_size=30)
 Rows = list[tuple[float, float, float]]
@@ -83,6 +87,69 @@ def test_expected_is_the_sum_of_the_probabilities_the_model_gave_outside_the_bin
     sketch = LogitSketch()
     sketch.update(logit, np.zeros(4))
     assert sketch.expected == pytest.approx((1.0 / (1.0 + np.exp(-logit))).sum(), abs=1e-9)
+
+
+def test_tables_are_the_correctly_rounded_derivatives_of_the_sigmoid() -> None:
+    tables = taylor()
+    for cell in [*range(0, CELLS, 97), CELLS // 2, CELLS - 1]:
+        with localcontext(prec=60):
+            p = 1 / (1 + (-(Decimal(2 * cell + 1 - CELLS) / 256)).exp())
+            first = p * (1 - p)
+            exact = (p, first, first * (1 - 2 * p) / 2, first * (1 - 6 * p * (1 - p)) / 6)
+        assert [table[cell] for table in tables] == [float(value) for value in exact]
+
+
+def test_the_probability_that_is_counted_is_the_sigmoid() -> None:
+    logit = np.random.default_rng(9).uniform(-34, 34, 200_000)
+    logit[:3] = -34.0, 34.0, 0.0
+    cell, offset = cells_of(logit)
+    assert (cell >= 0).all()
+    assert (cell < CELLS).all()
+    assert np.abs(offset).max() <= 1 / 256
+    assert np.abs(probability_of(cell, offset) - scipy.special.expit(logit)).max() < 3e-12
+
+
+def test_a_row_of_weight_zero_is_not_there() -> None:
+    sketch = LogitSketch.of([0.0, 1.0, 2.0], [1, 0, 1], [0.0, 2.0, 0.0])
+    assert sketch == LogitSketch.of([1.0], [0], [2.0])
+
+
+def test_sums_of_squares_are_those_of_the_rows() -> None:
+    rng = np.random.default_rng(11)
+    logit, label, weight = rng.normal(-2, 2, 5_000), rng.integers(0, 2, 5_000), rng.uniform(0.1, 9, 5_000)
+    sketch = LogitSketch.of(logit, label, weight)
+    bins = sketch.binned()
+    assert bins.squares.sum() == pytest.approx((weight**2).sum(), rel=1e-7)
+    assert bins.positive_squares.sum() == pytest.approx((weight**2)[label == 1].sum(), rel=1e-7)
+    assert sketch.effective_rows == pytest.approx(weight.sum() ** 2 / (weight**2).sum(), rel=1e-7)
+    # Two thirds of a row: a weight, and so its square.
+    sketch.decay(2 / 3)
+    assert sketch.binned().squares.sum() == pytest.approx(4 / 9 * (weight**2).sum(), rel=1e-3)
+    assert sketch.effective_rows == pytest.approx(weight.sum() ** 2 / (weight**2).sum(), rel=1e-3)
+
+
+def test_many_rows_take_little_memory_beside_them() -> None:
+    logit, label = np.zeros(2_000_000), np.zeros(2_000_000)
+    sketch = LogitSketch()
+    sketch.update(logit[:10], label[:10])
+    tracemalloc.start()
+    sketch.update(logit, label)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10e6
+
+
+def test_errors_count_rows_over_chunks() -> None:
+    logit, label = np.zeros(200_000), np.zeros(200_000)
+    logit[150_000], label[199_999] = np.nan, 2.0
+    sketch = LogitSketch()
+    with pytest.raises(DataError, match="at row 150000"):
+        sketch.update(logit, label)
+    with pytest.raises(DataError, match="at row 199999"):
+        sketch.update(np.zeros(200_000), label)
+    with pytest.raises(DataError, match="got 3 labels for 200000 rows"):
+        sketch.update(logit, [0, 0, 1])
+    assert sketch == LogitSketch()
 
 
 def test_metrics_agree_with_the_rows() -> None:
@@ -159,14 +226,15 @@ def test_bin_logits_increase_strictly_and_lie_in_their_bins() -> None:
 @given(st.integers(0, 2**62), st.floats(0, 1))
 def test_decay_is_floor_of_the_exact_product(units: int, factor: float) -> None:
     sketch = LogitSketch.from_state(
-        {**LogitSketch().state(), "bins": [7], "rows": [units], "positives": [units], "expected": [units]}
+        {**LogitSketch().state(), "bins": [7], **{name: [units] for name in SUMS}}
     )
     sketch.decay(factor)
     # Python's integers have no bounds, so this is the definition itself.
-    exact = (units * round(factor * 2**30)) // 2**30
-    state = sketch.state()
-    assert state["rows"] == ([exact] if exact else [])
-    assert state["positives"] == state["rows"] == state["expected"]
+    scaled = round(factor * 2**30)
+    once = units * scaled // 2**30
+    held, sums = sketch.units()
+    assert held.tolist() == ([7] if once else [])
+    assert sums[:, :1].ravel().tolist() == ([once] * 3 + [once * scaled // 2**30] * 2 if once else [])
 
 
 def test_decay_reaches_zero_and_keeps_positives_within_rows() -> None:
@@ -187,11 +255,13 @@ def test_a_full_sketch_refuses_more_instead_of_wrapping_round() -> None:
     sketch = LogitSketch()
     with pytest.raises(DataError, match="full"):
         for _ in range(10):
-            sketch.update(np.full(1000, 16.0), np.ones(1000), np.full(1000, 2.0**20))
+            sketch.update(np.full(30, 16.0), np.ones(30), np.full(30, 2.0**20))
     assert sketch.expected > 0
     held = sketch.copy()
     with pytest.raises(DataError, match="full"):
-        sketch.merge(sketch)
+        for _ in range(3):
+            sketch.merge(sketch)
+            held = sketch.copy()
     assert sketch == held
 
 
