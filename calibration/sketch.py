@@ -36,6 +36,7 @@ import numpy.typing as npt
 
 from calibration import quality
 from calibration.base import row_chunks
+from calibration.fixed_point import DECAY_BITS, add, amounts, check_capacity, scaled
 from calibration.link import LOGIT_LIMIT, FloatArray, logit_of
 from calibration.sketch_layout import (
     BINS,
@@ -46,19 +47,12 @@ from calibration.sketch_layout import (
     UNITS,
     IntArray,
     cells_of,
-    probability_of,
 )
 from calibration.state import expect_fields
 from pipelines.errors import DataError, StaleStateError
 
 __all__ = ["BINS", "Bins", "LogitSketch"]
 
-# Fixed-point bits of a decay factor: 2**33 (high half of a count) x 2**30 just fits int64.
-DECAY_BITS = 30
-# A margin below 2**63: sums are checked in float64 before they are made.
-_CAPACITY = 2.0**62.9
-# Sums of whole numbers below it are exact in float64.
-_EXACT = 2.0**53
 # Small enough that all that is made for a chunk stays in the processor's cache.
 _CHUNK_ROWS = 2**16
 _LAYOUT = [BINS, int(LOWEST_LOGIT), int(BINS_PER_LOGIT), 24, 24, 32, 16, 16]
@@ -127,8 +121,8 @@ class LogitSketch:
         for z, y, w in row_chunks(logit, label, weight, _CHUNK_ROWS):
             cell, offset = cells_of(z)
             place = np.clip(cell - FIRST_CELL, 0, BINS - 1)
-            for one, (amount, largest) in zip(sums, _amounts(y, w, cell, offset), strict=True):
-                _add(one, place, amount, largest)
+            for one, (amount, largest) in zip(sums, amounts(y, w, cell, offset), strict=True):
+                add(one, place, amount, largest)
         self._sums = sums
 
     @classmethod
@@ -141,7 +135,7 @@ class LogitSketch:
     def merge(self, other: LogitSketch) -> None:
         """Add another sketch's rows to this one, exactly."""
         for mine, theirs in zip(self._sums, other._sums, strict=True):
-            _check_capacity(float(mine.max()) + float(theirs.max()))
+            check_capacity(float(mine.max()) + float(theirs.max()))
         self._sums = self._sums + other._sums
 
     def subtract(self, other: LogitSketch) -> None:
@@ -176,9 +170,9 @@ class LogitSketch:
         """
         if not 0.0 <= factor <= 1.0:
             raise DataError(f"decay factor must be in [0, 1]; got {factor}.")
-        scaled = round(factor * 2**DECAY_BITS)
-        self._sums = _scaled(self._sums, scaled)
-        self._sums[_SQUARES] = _scaled(self._sums[_SQUARES], scaled)
+        whole = round(factor * 2**DECAY_BITS)
+        self._sums = scaled(self._sums, whole)
+        self._sums[_SQUARES] = scaled(self._sums[_SQUARES], whole)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -317,46 +311,3 @@ class LogitSketch:
 
 
 _DAMAGED = "logit sketch is damaged: bins must increase and sums be integers >= 0."
-
-
-def _amounts(
-    y: FloatArray, w: FloatArray | None, cell: IntArray, offset: FloatArray
-) -> list[tuple[FloatArray | None, float]]:
-    """What each row adds to each sum, in units and not yet rounded, and a bound on it; None is one row."""
-    p = probability_of(cell, offset)
-    if w is None:
-        y_units, y_squares = (y / UNITS[1], 1 / UNITS[1]), (y / UNITS[4], 1 / UNITS[4])
-        return [(None, 1 / UNITS[0]), y_units, (p / UNITS[2], 1 / UNITS[2]), (None, 1 / UNITS[3]), y_squares]
-    squares, largest = w * w, float(w.max())
-    amounts = (w, w * y, w * p, squares, squares * y)
-    bounds = (largest, largest, largest, largest**2, largest**2)
-    return [(a / unit, b / unit) for a, b, unit in zip(amounts, bounds, UNITS, strict=True)]
-
-
-def _add(sums: IntArray, place: IntArray, amount: FloatArray | None, largest: float) -> None:
-    """Add the rounded amounts to their bins, exactly; ``DataError`` if that might be too much."""
-    if amount is None:
-        _check_capacity(float(sums.max()) + largest * len(place))
-        sums += np.bincount(place, minlength=BINS) * int(largest)
-        return
-    _check_capacity(float(sums.max()) + float(amount.sum()))
-    np.rint(amount, out=amount)
-    if (largest + 1.0) * len(place) < _EXACT:
-        sums += np.bincount(place, amount, minlength=BINS).astype(np.int64)
-    else:
-        np.add.at(sums, place, amount.astype(np.int64))
-
-
-def _scaled(sums: IntArray, scaled: int) -> IntArray:
-    # c = high * 2**30 + low, so c * scaled >> 30 = high * scaled + (low * scaled >> 30): no overflow.
-    high, low = sums >> DECAY_BITS, sums & (2**DECAY_BITS - 1)
-    result: IntArray = high * scaled + ((low * scaled) >> DECAY_BITS)
-    return result
-
-
-def _check_capacity(units: float) -> None:
-    if not units < _CAPACITY:
-        raise DataError(
-            "the sketch is full: one bin may hold Σ weight of 5e11, Σ weight² of 1e14 and 2e9 expected positives.",
-            hint="decay it, or keep one sketch a day and merge only what is read together",
-        )
