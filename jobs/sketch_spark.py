@@ -98,16 +98,17 @@ def _checked(value: Column, name: str, largest: float) -> Column:
 
 
 def _error(message: str, hint: str) -> Column:
-    """Written as a `DataError` of a Python worker would be, so that it is read as one."""
+    """Written as a `DataError` of a Python worker would be, on a line of its own, so that it is read as one."""
     from pyspark.sql import functions as F
 
-    return F.lit(f"pipelines.errors.DataError: {message}\nhint: {hint}\n")
+    return F.lit(f"\npipelines.errors.DataError: {message}\nhint: {hint}\n")
 
 
 def _total(name: str) -> Column:
-    """The sum, in whole numbers; in floats once more, to see that it fits."""
+    """The sum, in whole numbers; an error where it does not fit."""
     from pyspark.sql import functions as F
 
     message = _error("the sketch is full: too much weight in one bin.", "sketch fewer days at a time")
-    fits = F.sum(name) < CAPACITY
-    return F.when(fits, F.sum(F.col(name).cast("bigint"))).otherwise(F.raise_error(message).cast("bigint"))
+    total = F.try_sum(F.col(name).cast("bigint"))
+    fits = total.isNotNull() & (total < int(CAPACITY))
+    return F.when(fits, total).otherwise(F.raise_error(message).cast("bigint"))
