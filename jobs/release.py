@@ -16,7 +16,6 @@ Nothing in it is code: arrays, text and JSON only.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import uuid
@@ -30,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.state import canonical_json
 from jobs.release_manifest import MANIFEST, Kind, Manifest, ModelKind, TaskEntry, release_name
 from jobs.release_pointer import (
     CURRENT,
@@ -60,8 +60,10 @@ __all__ = [
     "TaskFiles",
     "garbage_collect",
     "list_releases",
+    "load_model",
     "point",
     "pointed",
+    "read_verified",
     "release_name",
     "write_release",
 ]
@@ -114,6 +116,7 @@ def write_release(
     tasks: Mapping[Task, TaskFiles],
     last_event_time: int,
     learned_events: int,
+    calibration: int = 0,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write a release; when it returns, the release is on disk, whole.
@@ -126,7 +129,7 @@ def write_release(
     ----------
     root : Path
         Folder of releases; created when missing.
-    kind, epoch, step
+    kind, epoch, step, calibration
         They make the name.
     parent : str, optional
         What it was learned from.
@@ -158,9 +161,10 @@ def write_release(
     for task, parts in tasks.items():
         for name, content in parts.model_files.items():
             files[f"{task}/{_plain(name)}"] = content
-        files[f"{task}/{CALIBRATOR}"] = _json_bytes(parts.calibrator_state)
+        # Its sha256 in the manifest is the chain's own digest.
+        files[f"{task}/{CALIBRATOR}"] = canonical_json(parts.calibrator_state).encode()
     manifest = Manifest(
-        name=release_name(kind, epoch, step),
+        name=release_name(kind, epoch, step, calibration),
         kind=kind,
         epoch=epoch,
         step=step,
@@ -241,9 +245,9 @@ class Release:
         calibrators: dict[Task, CalibrationChain] = {}
         for task, entry in manifest.tasks.items():
             own = {name.split("/", 1)[1]: data for name, data in files.items() if name.startswith(f"{task}/")}
-            calibrators[task] = CalibrationChain.from_state(json.loads(own.pop(CALIBRATOR)))
-            _check_segments(path / task, calibrators[task], manifest)
-            models[task] = _load_model(entry.model, own, spec)
+            calibrators[task] = CalibrationChain.from_json(own.pop(CALIBRATOR))
+            _check_calibrator(path / task, calibrators[task], manifest, task)
+            models[task] = load_model(entry.model, own, spec)
         return cls(path, manifest, spec, files[CONFIG].decode(), models, calibrators)
 
     @property
@@ -330,7 +334,8 @@ def read_verified(path: Path, manifest: Manifest) -> dict[str, bytes]:
     return files
 
 
-def _load_model(kind: ModelKind, files: Mapping[str, bytes], spec: FeatureSpec) -> Model:
+def load_model(kind: ModelKind, files: Mapping[str, bytes], spec: FeatureSpec) -> Model:
+    """The model of one task, from its files in a release."""
     # Inside: a release of trees must not import torch, nor one of networks LightGBM.
     if kind == "gbdt":
         from models.gbdt import GbdtModel
@@ -341,7 +346,14 @@ def _load_model(kind: ModelKind, files: Mapping[str, bytes], spec: FeatureSpec) 
     return Student.from_files(files, spec)
 
 
-def _check_segments(where: Path, calibrator: CalibrationChain, manifest: Manifest) -> None:
+def _check_calibrator(where: Path, calibrator: CalibrationChain, manifest: Manifest, task: Task) -> None:
+    recorded = manifest.files[f"{task}/{CALIBRATOR}"]
+    if calibrator.digest() != recorded:
+        raise StaleStateError(
+            f"{where / CALIBRATOR}: expected calibration with the digest {recorded}. "
+            f"This version of the program reads one with {calibrator.digest()}.",
+            hint="serve the release with the version that wrote it: " + manifest.code_version,
+        )
     # Columns in another order would be corrected by other segments' factors, and nobody would notice.
     if calibrator.segments is not None and calibrator.segments.config.names != manifest.segments:
         raise StaleStateError(
@@ -359,10 +371,6 @@ def _plain(name: str) -> str:
     if Path(name).name != name or name in (CALIBRATOR, ""):
         raise DataError(f"expected a plain file name for a model file. Received: {name!r}.")
     return name
-
-
-def _json_bytes(document: Mapping[str, Any]) -> bytes:
-    return json.dumps(document, sort_keys=True, allow_nan=False).encode() + b"\n"
 
 
 @cache

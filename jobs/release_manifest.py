@@ -20,25 +20,27 @@ FORMAT: Literal[1] = 1
 Kind = Literal["teacher", "student"]
 ModelKind = Literal["gbdt", "student"]
 
-_NAME = re.compile(r"(teacher|student)-(\d{4,})-(\d{10,})")
+_NAME = re.compile(r"(teacher|student)-(\d{4,})-(\d{10,})(?:-c(\d+))?")
 # They say who wrote the release and when, not what it is: a worker that is killed and writes the same
 # release again after an upgrade or a second later must come to the same digest.
 _NOT_IDENTITY = {"digest", "code_version", "extra"}
 
 
-def release_name(kind: Kind, epoch: int, step: int) -> str:
-    """Directory name of a release.
+def release_name(kind: Kind, epoch: int, step: int, calibration: int = 0) -> str:
+    """Directory name of a release; ``calibration`` counts how often its weights were calibrated anew.
 
     Examples
     --------
     >>> release_name("student", 1, 1234)
     'student-0001-0000001234'
+    >>> release_name("teacher", 0, 0, 2)
+    'teacher-0000-0000000000-c2'
     """
-    return f"{kind}-{epoch:04d}-{step:010d}"
+    return f"{kind}-{epoch:04d}-{step:010d}" + (f"-c{calibration}" if calibration else "")
 
 
-def parse_name(name: str) -> tuple[int, int, str]:
-    """(epoch, step, kind) of a release name; names compare in the order of their releases by it.
+def parse_name(name: str) -> tuple[int, int, str, int]:
+    """(epoch, step, kind, calibration) of a release name; names compare in the order of their releases by it.
 
     Raises
     ------
@@ -48,12 +50,12 @@ def parse_name(name: str) -> tuple[int, int, str]:
     Examples
     --------
     >>> parse_name("student-0001-0000001234")
-    (1, 1234, 'student')
+    (1, 1234, 'student', 0)
     """
     match = _NAME.fullmatch(name)
     if match is None:
         raise DataError(f"expected a release name such as student-0001-0000001234. Received: {name!r}.")
-    return int(match[2]), int(match[3]), match[1]
+    return int(match[2]), int(match[3]), match[1], int(match[4] or 0)
 
 
 class _Part(BaseModel):

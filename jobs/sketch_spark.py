@@ -98,7 +98,7 @@ def _checked(value: Column, name: str, largest: float) -> Column:
 
 
 def _error(message: str, hint: str) -> Column:
-    """Written as a `DataError` of a Python worker would be, on a line of its own, so that it is read as one."""
+    """A line written as a `DataError` of a Python worker would be, so that it is read as one."""
     from pyspark.sql import functions as F
 
     return F.lit(f"\npipelines.errors.DataError: {message}\nhint: {hint}\n")

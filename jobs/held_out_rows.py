@@ -1,0 +1,187 @@
+"""Rows of a snapshot that a release has not learned and whose labels are final, with its logits; by Spark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from jobs.release import CALIBRATOR, Release, load_model, read_verified
+from jobs.release_manifest import ModelKind
+from pipelines.config import Task
+from pipelines.config_sections import AttributionConfig
+from pipelines.duration import format_duration
+from pipelines.errors import DataError
+from pipelines.feature_spec import FeatureSpec
+from pipelines.snapshot import data_files, read_manifest
+from pipelines.stream_columns import TRAINING_COLUMNS, conform, to_training_set, with_widths
+
+if TYPE_CHECKING:
+    from pyspark import Broadcast
+    from pyspark.sql import DataFrame, SparkSession
+
+    from models.base import Model
+
+__all__ = ["SCORED_COLUMNS", "HeldOutRows", "HeldOutWindow", "held_out_rows"]
+
+# Columns of `HeldOutRows.frame`; the logit is the model's own, nothing undone and nothing corrected.
+SCORED_COLUMNS = (
+    "user_key bigint, event_time bigint, segment_key array<bigint>, logit double, label double, weight double"
+)
+
+
+@dataclass(frozen=True)
+class HeldOutWindow:
+    """Which rows are held out: opened in ``[since, as_of)`` and settled by ``as_of``; ms.
+
+    Attributes
+    ----------
+    since, as_of : int
+    """
+
+    since: int
+    as_of: int
+
+
+@dataclass(frozen=True)
+class HeldOutRows:
+    """Scored rows of one task, and what became of all rows of the snapshot.
+
+    Attributes
+    ----------
+    frame : DataFrame
+        ``SCORED_COLUMNS``.
+    counts : dict of str to int
+        ``snapshot`` rows, of which ``learned`` (opened by the newest event that the release has learned),
+        ``before_window``, ``after_as_of``, ``open`` (the label may still change) and ``held_out``.
+    first, last : int
+        When the first and the last held-out window opened, ms.
+    """
+
+    frame: DataFrame
+    counts: dict[str, int]
+    first: int
+    last: int
+
+
+def held_out_rows(
+    spark: SparkSession, snapshot: str, release: Release, task: Task, window: HeldOutWindow
+) -> HeldOutRows:
+    """Score the rows of a snapshot that may judge a release.
+
+    Each executor process loads the model once, from bytes that were verified here; trees and networks are
+    applied to a batch of rows at a time, by the code that serves.
+
+    Raises
+    ------
+    DataError
+        If the snapshot does not fit the release, ends before ``as_of``, or has no such rows.
+    """
+    from pyspark.sql import functions as F
+
+    manifest = read_manifest(snapshot)
+    _check_fits(snapshot, release, task, window.as_of)
+    files = [file.location for file in data_files(snapshot, task, manifest)]
+    rule = AttributionConfig.model_validate(manifest.config["attribution"])
+    settled = rule.width(task) + rule.allowed_lateness
+    rows = spark.read.parquet(*files).select(*TRAINING_COLUMNS.names)
+    opened = F.col("event_time")
+    fate = (
+        F.when(opened >= window.as_of, "after_as_of")
+        .when(opened <= release.last_event_time, "learned")
+        .when(opened < window.since, "before_window")
+        .when(opened + settled >= window.as_of, "open")
+        .otherwise("held_out")
+    )
+    fates = rows.groupBy(fate.alias("fate")).agg(F.count(F.lit(1)), F.min(opened), F.max(opened)).collect()
+    counts = dict.fromkeys(("snapshot", "learned", "before_window", "after_as_of", "open", "held_out"), 0)
+    counts |= {row[0]: row[1] for row in fates}
+    counts["snapshot"] = sum(row[1] for row in fates)
+    ends = [(row[2], row[3]) for row in fates if row[0] == "held_out"]
+    if not ends:
+        raise DataError(
+            f"no row of the task {task} in {snapshot} can judge {release.name}: of {counts['snapshot']} rows "
+            f"{counts['learned']} were there to be learned, {counts['before_window']} opened before the "
+            f"window, {counts['after_as_of']} after --as-of, and {counts['open']} may still change their "
+            f"label (it is final after {format_duration(settled)}).",
+            hint="build a snapshot with a later --as-of, or name an older release",
+        )
+    widths = {
+        "buckets": len(release.spec.column_field),
+        "numbers": len(release.spec.numeric),
+        "segment_key": len(manifest.segments),
+    }
+    scored = rows.where(fate == "held_out").mapInArrow(_scorer(spark, release, task, widths), SCORED_COLUMNS)
+    return HeldOutRows(scored, counts, *ends[0])
+
+
+def _check_fits(snapshot: str, release: Release, task: Task, as_of: int) -> None:
+    manifest = read_manifest(snapshot)
+    if manifest.as_of < as_of:
+        raise DataError(
+            f"{snapshot} is as of {manifest.as_of} ms: expected one as of {as_of} ms or later.",
+            hint="bring it up to date with `ctrstream samples relabel`",
+        )
+    if task not in release.manifest.tasks:
+        raise DataError(f"{release.name} has no model of the task {task}.")
+    hashed = release.spec.model_copy(update={"dynamic": ()}).digest()
+    if manifest.feature_spec_digest not in (hashed, release.spec.digest()):
+        raise DataError(
+            f"{snapshot} was encoded with the feature spec {manifest.feature_spec_digest}; {release.name} "
+            f"expects {hashed}.",
+            hint=f"build it with --spec {release.path}/feature_spec.toml",
+        )
+    if release.kind == "student" and release.spec.dynamic:
+        raise DataError(
+            f"{release.name} has rows of their own for ids ({', '.join(release.spec.dynamic)}). A snapshot "
+            "does not carry ids: scored from one, it would not be the model that serves.",
+            hint="give the recorded predictions of the worker with --predictions",
+        )
+    if manifest.segments != release.segments:
+        raise DataError(
+            f"{snapshot} has the segments {list(manifest.segments)}; {release.name} expects "
+            f"{list(release.segments)}.",
+            hint="build it with the same calibration.segments",
+        )
+
+
+def _scorer(spark: SparkSession, release: Release, task: Task, widths: dict[str, int]) -> Any:
+    own = {
+        name.partition("/")[2]: content
+        for name, content in read_verified(release.path, release.manifest).items()
+        if name.startswith(f"{task}/") and not name.endswith(CALIBRATOR)
+    }
+    files: Broadcast[dict[str, bytes]] = spark.sparkContext.broadcast(own)
+    kind, spec, key = release.manifest.tasks[task].model, release.spec.to_toml(), f"{release.digest()}/{task}"
+    schema = with_widths(TRAINING_COLUMNS, widths)
+
+    def score(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+        model = _loaded(key, kind, spec, files)
+        for batch in batches:
+            rows = to_training_set(conform(batch, schema))
+            logit = model.predict_logit(rows.buckets, rows.numbers)
+            yield pa.record_batch(
+                {
+                    "user_key": batch.column("user_key"),
+                    "event_time": batch.column("event_time"),
+                    "segment_key": batch.column("segment_key"),
+                    "logit": pa.array(logit, pa.float64()),
+                    "label": batch.column("label").cast(pa.float64()),
+                    "weight": batch.column("weight").cast(pa.float64()),
+                }
+            )
+
+    return score
+
+
+@cache
+def _loaded(key: str, kind: ModelKind, spec: str, files: Broadcast[dict[str, bytes]]) -> Model:
+    """One model a process; ``key`` says which."""
+    if kind == "student":
+        from jobs.single_thread import use_one_thread
+
+        use_one_thread()
+    return load_model(kind, files.value, FeatureSpec.from_toml(spec, key))
