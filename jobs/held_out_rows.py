@@ -1,4 +1,4 @@
-"""Rows of a snapshot that a release has not learned and whose labels are final, with its logits; by Spark."""
+"""Rows of a snapshot that a release has not learned and whose labels are known, with its logits; by Spark."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from jobs.held_out import LEAST_SHARE
 from jobs.release import CALIBRATOR, Release, load_model, read_verified
 from jobs.release_manifest import ModelKind
 from pipelines.config import Task
@@ -27,23 +28,30 @@ if TYPE_CHECKING:
 
 __all__ = ["SCORED_COLUMNS", "HeldOutRows", "HeldOutWindow", "held_out_rows"]
 
-# Columns of `HeldOutRows.frame`; the logit is the model's own, nothing undone and nothing corrected.
+# Columns of `HeldOutRows.frame`. The logit is the model's own, nothing undone, nothing corrected; `share` is
+# the part of the outcomes that is known by now, 1 for a settled row.
 SCORED_COLUMNS = (
-    "user_key bigint, event_time bigint, segment_key array<bigint>, logit double, label double, weight double"
+    "user_key bigint, event_time bigint, segment_key array<bigint>, logit double, label double, "
+    "weight double, share double"
 )
 
 
 @dataclass(frozen=True)
 class HeldOutWindow:
-    """Which rows are held out: opened in ``[since, as_of)`` and settled by ``as_of``; ms.
+    """Which rows are held out.
 
     Attributes
     ----------
     since, as_of : int
+        Opened in ``[since, as_of)``, ms.
+    open_labels : bool
+        Also rows whose label may still change, if half of the outcomes would be known by now; else only rows
+        that are settled by ``as_of``.
     """
 
     since: int
     as_of: int
+    open_labels: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,17 +91,20 @@ def held_out_rows(
     from pyspark.sql import functions as F
 
     manifest = read_manifest(snapshot)
-    _check_fits(snapshot, release, task, window.as_of)
+    _check_fits(snapshot, release, task, window.as_of, window.open_labels)
     files = [file.location for file in data_files(snapshot, task, manifest)]
     rule = AttributionConfig.model_validate(manifest.config["attribution"])
     settled = rule.width(task) + rule.allowed_lateness
     rows = spark.read.parquet(*files).select(*TRAINING_COLUMNS.names)
     opened = F.col("event_time")
+    is_open = opened + settled >= window.as_of
+    if window.open_labels:
+        is_open &= F.col("observed_share") < LEAST_SHARE
     fate = (
         F.when(opened >= window.as_of, "after_as_of")
         .when(opened <= release.last_event_time, "learned")
         .when(opened < window.since, "before_window")
-        .when(opened + settled >= window.as_of, "open")
+        .when(is_open, "open")
         .otherwise("held_out")
     )
     fates = rows.groupBy(fate.alias("fate")).agg(F.count(F.lit(1)), F.min(opened), F.max(opened)).collect()
@@ -118,8 +129,14 @@ def held_out_rows(
     return HeldOutRows(scored, counts, *ends[0])
 
 
-def _check_fits(snapshot: str, release: Release, task: Task, as_of: int) -> None:
+def _check_fits(snapshot: str, release: Release, task: Task, as_of: int, open_labels: bool) -> None:
     manifest = read_manifest(snapshot)
+    if manifest.as_of != as_of and open_labels:
+        raise DataError(
+            f"{snapshot} says labels as of {manifest.as_of} ms: of open windows they are not those known at "
+            f"{as_of} ms.",
+            hint="build a snapshot as of that time with `ctrstream samples relabel`, or keep to settled rows",
+        )
     if manifest.as_of < as_of:
         raise DataError(
             f"{snapshot} is as of {manifest.as_of} ms: expected one as of {as_of} ms or later.",
@@ -171,6 +188,7 @@ def _scorer(spark: SparkSession, release: Release, task: Task, widths: dict[str,
                     "logit": pa.array(logit, pa.float64()),
                     "label": batch.column("label").cast(pa.float64()),
                     "weight": batch.column("weight").cast(pa.float64()),
+                    "share": batch.column("observed_share").cast(pa.float64()),
                 }
             )
 
