@@ -36,6 +36,7 @@ _FINEST_GRID = 2**20
 _COARSEST_GRID = 2**8
 _TOLERANCE = 1e-4
 _NOTHING = 1e-9
+_SECANTS = 10
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,10 @@ class SmoothedResiduals:
             self._grids[points] = on_grid(self._position, self._mass, points)
         return self._grids[points]
 
+    def spacing(self, width: float) -> float:
+        """Distance of the points of that grid."""
+        return 1.0 / grid_points(width)
+
     def absolute(self, width: float) -> float:
         """``∫ |Σ mass K_width(t, position)| dt`` over [0, 1]; it never increases with the width."""
         return float(np.abs(smoothed(self.grid(width), width)).sum())
@@ -117,28 +122,27 @@ def smoothed(grid: FloatArray, width: float) -> FloatArray:
 def fixed_point(error: Callable[[float], float], start: float) -> float:
     """The width at which an error that never increases with the width equals it.
 
-    A secant in logarithms, kept between the widths and errors seen so far: between any of these two lies the
-    answer. 0 if it is below 1e-9.
+    Between any width and its error lies the answer. Within what is left of (0, 1] by that, a few secants in
+    logarithms, then bisection: where the grid changes, an error may jump by some ten-thousandths over its
+    width. 0 if the answer is below 1e-9.
     """
     low, high = 0.0, 1.0
-    width, before = min(max(start, _NOTHING), 1.0), None
+    width, before, steps = min(max(start, _NOTHING), 1.0), None, 0
     while True:
-        value = error(width)
-        if abs(value - width) <= _TOLERANCE * width:
-            return value
+        value, steps = error(width), steps + 1
         low, high = max(low, min(width, value)), min(high, max(width, value))
         if high < _NOTHING:
             return 0.0
-        if value == 0.0:
-            width, before = (0.5 * (low + high) if low > 0.0 else high / 16.0), None
-            continue
-        gap = math.log(value / width)
-        slope = -1.5 if before is None else (gap - before[1]) / math.log(width / before[0])
-        before = width, gap
-        # The slope of the logarithm of error / width is at most -1.
-        width *= math.exp(-gap / min(slope, -1.0))
-        if not low < width < high:
-            width = 0.5 * (low + high)
+        if abs(value - width) <= _TOLERANCE * width or high - low <= _TOLERANCE * high:
+            return value
+        guess = low
+        if value > 0.0 and steps < _SECANTS:
+            gap = math.log(value / width)
+            # The slope of the logarithm of error / width is at most -1.
+            slope = -1.5 if before is None else (gap - before[1]) / math.log(width / before[0])
+            guess, before = width * math.exp(-gap / min(slope, -1.0)), (width, gap)
+        middle = 0.5 * (low + high) if low > 0.0 else high / 16.0
+        width = guess if low < guess < high else middle
 
 
 def smooth_calibration_error(
@@ -201,7 +205,7 @@ def smooth_calibration_error(
         smooth_ece=value,
         relative=value / base if base > 0 else None,
         null=null.middle,
-        p_value=null.tail(value, draws, seed) if draws else None,
+        p_value=float(1 + (null.draws(draws, seed) >= value).sum()) / (draws + 1) if draws else None,
     )
 
 
@@ -244,8 +248,8 @@ class NullError:
             square += near * float(near @ grid) / (math.pi * width**2)
         return float(np.sqrt(square * (2.0 / math.pi)).mean())
 
-    def tail(self, value: float, draws: int, seed: int) -> float:
-        """Share of perfect models whose error is at least ``value``, that model itself counted as one."""
+    def draws(self, count: int, seed: int = 0) -> FloatArray:
+        """Errors of so many perfect models, shape (count,): normal masses of the right variance."""
         spread = np.sqrt(self._noise.grid(self.middle))
         rng = np.random.default_rng(seed)
 
@@ -253,4 +257,4 @@ class NullError:
             grid = spread * rng.standard_normal(len(spread))
             return fixed_point(lambda width: float(np.abs(smoothed(grid, width)).sum()), self.middle)
 
-        return (1 + sum(drawn() >= value for _ in range(draws))) / (draws + 1)
+        return np.array([drawn() for _ in range(count)])
