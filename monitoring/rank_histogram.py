@@ -13,14 +13,34 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from monitoring.bounded import Bounded
 from monitoring.inputs import FloatArray, binary_label, log_odds, probability_array, weight_array
 from pipelines.errors import DataError
 
-__all__ = ["RankHistogram"]
+__all__ = ["RankHistogram", "auc_of_bins"]
 
 # 4096 bins over logits in [-16, 16): a bin is 1/128 wide, 0.8 % of the odds.
 _BINS = 4096
 _LOW, _WIDTH = -16.0, 32.0 / _BINS
+
+
+def auc_of_bins(positive: FloatArray, negative: FloatArray) -> Bounded | None:
+    """AUC of counts (or weights) by bin, ascending; rows of a bin are ties. None if one class is absent.
+
+    How the rows of a bin are ranked among themselves decides on its pairs: half of them, either way, is the
+    most that the value can be off.
+
+    Examples
+    --------
+    >>> auc_of_bins(np.array([1.0, 3.0]), np.array([3.0, 1.0]))
+    Bounded(value=0.75, error=0.1875)
+    """
+    pairs = float(positive.sum() * negative.sum())
+    if pairs == 0.0:
+        return None
+    below = np.cumsum(negative) - negative
+    value = float(positive @ (below + 0.5 * negative)) / pairs
+    return Bounded(value, 0.5 * float(positive @ negative) / pairs)
 
 
 class RankHistogram:
@@ -65,16 +85,13 @@ class RankHistogram:
 
     def value(self) -> float | None:
         """AUC of the binned logits; None if one class is absent."""
-        pairs = float(self.positive.sum() * self.negative.sum())
-        if pairs == 0.0:
-            return None
-        below = np.cumsum(self.negative) - self.negative
-        return float(self.positive @ (below + 0.5 * self.negative)) / pairs
+        found = auc_of_bins(self.positive, self.negative)
+        return None if found is None else found.value
 
     def error(self) -> float | None:
         """Largest possible distance to the exact AUC: half the share of pairs that fell in one bin."""
-        pairs = float(self.positive.sum() * self.negative.sum())
-        return None if pairs == 0.0 else 0.5 * float(self.positive @ self.negative) / pairs
+        found = auc_of_bins(self.positive, self.negative)
+        return None if found is None else found.error
 
     def state(self) -> dict[str, Any]:
         """JSON state: the bins that hold rows."""

@@ -18,6 +18,7 @@ from monitoring.quality import Figures
 __all__ = [
     "CalibrationError",
     "equal_mass_bins",
+    "error_of_groups",
     "expected_calibration_error",
     "reliability_table",
     "wilson_interval",
@@ -188,18 +189,25 @@ def expected_calibration_error(
     (0.055, True)
     """
     sums = _bin_sums(label, probability, bins, weight)
-    mass = float(sums.weight.sum())
-    if mass == 0.0:
+    if float(sums.weight.sum()) == 0.0:
         return None
-    ece = float(np.abs(sums.probability - sums.positive).sum()) / mass
-    null = float(np.sqrt(sums.variance * (2.0 / math.pi)).sum()) / mass
-    spread = math.sqrt(float(sums.variance.sum()) * (1.0 - 2.0 / math.pi)) / mass
-    base = float(sums.positive.sum()) / mass
+    return error_of_groups(sums.weight, sums.positive, sums.probability, sums.variance)
+
+
+def error_of_groups(
+    weight: FloatArray, positive: FloatArray, probability: FloatArray, variance: FloatArray
+) -> CalibrationError:
+    """The same from Σw (not all 0), Σwy, Σwp and Σw²p(1 - p) of groups of rows, each (groups,)."""
+    mass = float(weight.sum())
+    ece = float(np.abs(probability - positive).sum()) / mass
+    null = float(np.sqrt(variance * (2.0 / math.pi)).sum()) / mass
+    spread = math.sqrt(float(variance.sum()) * (1.0 - 2.0 / math.pi)) / mass
+    base = float(positive.sum()) / mass
     return CalibrationError(
         ece=ece,
         relative=ece / base if base > 0 else None,
         null=null,
         null_relative=null / base if base > 0 else None,
         z=(ece - null) / spread if spread > 0 else None,
-        bins=int((sums.rows > 0).sum()),
+        bins=int((weight > 0).sum()),
     )
