@@ -9,26 +9,32 @@ Conventions
 - ``weight``: shape ``(n,)``, >= 0; a weight of 2 means the row twice, 0 that it is not there. ``None`` means
   1 for every row.
 - No space is ever guessed from values: an argument is called ``logit`` or ``probability``.
-- Calibrators are strictly increasing in the logit: no ranking is lost (the one exception, by design, is
-  :mod:`calibration.segments`, which moves segments against each other).
-- ``state()`` is plain JSON data, and ``from_state(state())`` gives an object that behaves the same to the
-  bit.
+- No calibrator turns two rows round, and those with ``is_strict`` ties none: no ranking is lost (the one
+  exception, by design, is :mod:`calibration.segments`, which moves segments against each other).
+- ``state()`` is plain JSON data with a ``kind`` and a ``version``, and ``from_state(state())`` gives an
+  object that behaves the same to the bit. A state of another version is refused.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from calibration.link import LOGIT_LIMIT, FloatArray
+from calibration.link import LOGIT_LIMIT, FloatArray, sigmoid
+from calibration.state import digest
 from pipelines.errors import DataError
+
+if TYPE_CHECKING:
+    from calibration.sketch import LogitSketch
 
 __all__ = [
     "MAXIMUM_WEIGHT",
+    "VERSION",
     "Calibrator",
+    "check_same_kind",
     "checked_label",
     "checked_logit",
     "checked_probability",
@@ -39,17 +45,51 @@ __all__ = [
 
 # An importance weight of a million is a mistake upstream, and fixed-point sums must have a bound.
 MAXIMUM_WEIGHT = 2.0**20
+# Of the states of calibrators. States without a version were written before there was one.
+VERSION = 2
 
 
 @runtime_checkable
 class Calibrator(Protocol):
-    """A strictly increasing map from the model's logit to a calibrated one."""
+    """A map from the model's logit to a calibrated one that never turns two rows round.
+
+    Attributes
+    ----------
+    kind : str
+        Name of the method, in states and in configuration.
+    is_strict : bool
+        Whether rows of different logits stay different; where not, ranking is lost.
+    """
+
+    kind: ClassVar[str]
+    is_strict: ClassVar[bool]
+
+    @classmethod
+    def fit(cls, logit: npt.ArrayLike, label: npt.ArrayLike, weight: npt.ArrayLike | None = None) -> Self:
+        """The calibrator of these rows; in any order. ``DataError`` for bad values or no rows."""
+
+    @classmethod
+    def fit_sketch(cls, sketch: LogitSketch) -> Self:
+        """The calibrator of a sketch's rows."""
+
+    def update(self, logit: npt.ArrayLike, label: npt.ArrayLike, weight: npt.ArrayLike | None = None) -> None:
+        """Learn from further rows, in place: all of them or, on an error, none."""
+
+    def update_sketch(self, sketch: LogitSketch) -> None:
+        """Learn from the further rows of a sketch, in place."""
+
+    def merge(self, other: Self) -> Self:
+        """The calibrator of the rows of both, a new one; ``DataError`` if they do not belong together."""
+
+    def frozen(self) -> Self:
+        """The same map without the rows that only learning needs: what a release carries."""
 
     def transform_logit(self, logit: npt.ArrayLike) -> FloatArray:
         """Calibrated logit, shape ``(n,)``."""
 
     def transform(self, logit: npt.ArrayLike) -> FloatArray:
         """Calibrated probability, shape ``(n,)``; the sigmoid of :meth:`transform_logit`."""
+        return sigmoid(self.transform_logit(logit))
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on, as plain JSON data."""
@@ -57,6 +97,18 @@ class Calibrator(Protocol):
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The calibrator that :meth:`state` described; ``StaleStateError`` if it did not."""
+
+    def digest(self) -> str:
+        """Sha256 of the state: equal digests mean equal calibration, to the bit."""
+        return digest(self.state())
+
+
+def check_same_kind(one: Calibrator, other: Calibrator) -> None:
+    """``DataError`` unless both are calibrators of one kind."""
+    if type(one) is not type(other):
+        raise DataError(
+            f"calibration of kind {one.kind!r} can only be merged with its like; got {other.kind!r}."
+        )
 
 
 def _as_vector(values: npt.ArrayLike, name: str) -> FloatArray:

@@ -11,10 +11,8 @@ import numpy.typing as npt
 
 from calibration.base import Calibrator, checked_rows
 from calibration.identity import IdentityCalibrator
-from calibration.isotonic import IsotonicCalibrator
 from calibration.link import LOGIT_LIMIT, FloatArray, sigmoid
 from calibration.online import OnlineConfig, OnlinePlatt, information_centre
-from calibration.platt import PlattCalibrator
 from calibration.sampling import SamplingCorrection
 from calibration.segments import SegmentConfig, SegmentCorrection
 from calibration.selection import METHODS, fit_method, fold_sketches, select_method
@@ -24,12 +22,7 @@ from pipelines.errors import ConfigError, DataError, StaleStateError
 
 __all__ = ["STATE_VERSION", "CalibrationChain"]
 
-STATE_VERSION = 1
-_BASES: dict[str, type[IdentityCalibrator] | type[PlattCalibrator] | type[IsotonicCalibrator]] = {
-    "identity": IdentityCalibrator,
-    "platt": PlattCalibrator,
-    "isotonic": IsotonicCalibrator,
-}
+STATE_VERSION = 2
 
 
 class CalibrationChain:
@@ -42,7 +35,7 @@ class CalibrationChain:
     Parameters
     ----------
     base : Calibrator, optional
-        Identity, Platt or isotonic; identity without one.
+        One of :data:`calibration.selection.METHODS`; identity without one.
     negative_sampling_rate : float
         Kept share of the negatives that the *model* was trained on.
     online : OnlinePlatt, optional
@@ -102,16 +95,17 @@ class CalibrationChain:
     ) -> Self:
         """Fit to rows that the model did not learn from.
 
-        ``method="auto"`` takes the simplest of ``none, platt, isotonic`` whose cross-validated log loss is
-        within one paired standard error of the best (:func:`calibration.selection.select_method`; folds by
-        a hash of the row number, so deterministic).
+        ``method="auto"`` takes the simplest of ``none, temperature, platt, beta, isotonic`` whose
+        cross-validated log loss is within one paired standard error of the best
+        (:func:`calibration.selection.select_method`; folds by a hash of the row number, so deterministic).
 
         Parameters
         ----------
         logit, label, weight : array_like, shape (n,)
             Conventions of :mod:`calibration.base`. Rows must occur as they do in traffic: not down-sampled,
             or weighted back.
-        method : {"auto", "none", "platt", "isotonic"}
+        method : str
+            ``auto``, or one of :data:`calibration.selection.METHODS`.
         negative_sampling_rate : float
             Undone before anything is fitted.
         online, segments : optional
@@ -167,9 +161,8 @@ class CalibrationChain:
 
     @property
     def method(self) -> str:
-        """The base calibrator: ``none``, ``platt`` or ``isotonic``."""
-        kind = str(self.base.state()["kind"])
-        return "none" if kind == "identity" else kind
+        """The kind of the base calibrator, such as ``none``, ``platt`` or ``isotonic``."""
+        return self.base.kind
 
     def transform_logit(self, logit: npt.ArrayLike, segment_keys: npt.ArrayLike | None = None) -> FloatArray:
         """Calibrated logit within ``[-LOGIT_LIMIT, LOGIT_LIMIT]``, shape ``(n,)``.
@@ -255,10 +248,12 @@ class CalibrationChain:
             state, "calibration_chain", ("version", "negative_sampling_rate", "base", "online", "segments")
         )
         base_kind = state["base"].get("kind") if isinstance(state["base"], Mapping) else None
-        if base_kind not in _BASES:
-            raise StaleStateError(f"unknown base calibrator {base_kind!r}; expected one of {sorted(_BASES)}.")
+        if base_kind not in METHODS:
+            raise StaleStateError(
+                f"unknown base calibrator {base_kind!r}; expected one of {sorted(METHODS)}."
+            )
         return cls(
-            _BASES[base_kind].from_state(state["base"]),
+            METHODS[base_kind].from_state(state["base"]),
             negative_sampling_rate=finite(state, "negative_sampling_rate"),
             online=None if state["online"] is None else OnlinePlatt.from_state(state["online"]),
             segments=None if state["segments"] is None else SegmentCorrection.from_state(state["segments"]),

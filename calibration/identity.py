@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy.typing as npt
 
-from calibration.base import checked_logit
-from calibration.link import FloatArray, sigmoid
+from calibration.base import VERSION, checked_logit
+from calibration.fixed import FixedCalibrator
+from calibration.link import FloatArray
 from calibration.state import expect_fields
 
 __all__ = ["IdentityCalibrator"]
 
 
-class IdentityCalibrator:
+class IdentityCalibrator(FixedCalibrator):
     """Trust the model: the calibrated logit is the logit.
 
     Examples
@@ -23,20 +24,18 @@ class IdentityCalibrator:
     [0.5]
     """
 
+    kind: ClassVar[str] = "none"
+
     def transform_logit(self, logit: npt.ArrayLike) -> FloatArray:
         """The logit itself, checked and clipped, shape ``(n,)``."""
         return checked_logit(logit)
 
-    def transform(self, logit: npt.ArrayLike) -> FloatArray:
-        """Probability of the logit, shape ``(n,)``."""
-        return sigmoid(self.transform_logit(logit))
-
     def state(self) -> dict[str, Any]:
         """Plain JSON data."""
-        return {"kind": "identity"}
+        return {"kind": self.kind, "version": VERSION}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The calibrator that :meth:`state` described."""
-        expect_fields(state, "identity", ())
+        expect_fields(state, cls.kind, (), VERSION)
         return cls()

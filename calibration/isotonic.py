@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from calibration.base import checked_logit
-from calibration.link import FloatArray, logit_of, sigmoid
-from calibration.platt import MINIMUM_SLOPE, PlattCalibrator
+from calibration.link import FloatArray, logit_of
+from calibration.platt import MINIMUM_SLOPE, PlattCalibrator, fit_line
+from calibration.pooling import equal_starts, pooled_starts
 from calibration.sketch import LogitSketch
-from calibration.state import expect_fields, finite, finite_list
-from pipelines.errors import StaleStateError
+from calibration.sketch_calibrator import SketchCalibrator
+from calibration.state import finite, finite_list
+from pipelines.errors import DataError
 
-__all__ = ["IsotonicCalibrator", "pooled_starts"]
+__all__ = ["IsotonicCalibrator"]
 
 # A block of its own counts as if one further positive and its share of negatives had been seen on the line.
 _BLOCK_PRIOR = 1.0
@@ -27,7 +29,7 @@ _GROUP_INFORMATION, _FEWEST_GROUPS, _MOST_GROUPS = 20.0, 5, 20
 _LARGEST_PRIOR = 1e6
 
 
-class IsotonicCalibrator:
+class IsotonicCalibrator(SketchCalibrator):
     """A strictly increasing, piecewise linear map between logits.
 
     Exact isotonic regression ties neighbouring logits (ranking is lost) and says 0 where no positive was
@@ -60,11 +62,14 @@ class IsotonicCalibrator:
     --------
     >>> rng = np.random.default_rng(0)
     >>> logit = rng.normal(-3.0, 1.5, 200_000)
-    >>> truth = sigmoid(-np.logaddexp(0.0, -logit) - 0.5)
+    >>> truth = 1.0 / (1.0 + np.exp(0.5 + np.logaddexp(0.0, -logit)))
     >>> isotonic = IsotonicCalibrator.fit(logit, rng.random(200_000) < truth)
     >>> round(float(np.abs(isotonic.transform(logit) - truth).mean() / truth.mean()), 2)
     0.04
     """
+
+    kind: ClassVar[str] = "isotonic"
+    names: ClassVar[tuple[str, ...]] = ("knot_logit", "calibrated_logit", "end_slope")
 
     def __init__(self, knot_logit: npt.ArrayLike, calibrated_logit: npt.ArrayLike, end_slope: float) -> None:
         self._x = checked_logit(knot_logit)
@@ -72,22 +77,13 @@ class IsotonicCalibrator:
         self.end_slope = float(end_slope)
         rises = bool((np.diff(self._x) > 0.0).all() and (np.diff(self._y) > 0.0).all())
         if not len(self._x) or self._x.shape != self._y.shape or not rises or not self.end_slope > 0.0:
-            raise StaleStateError(
-                "isotonic knots must increase strictly, at least one, with an end slope > 0."
-            )
+            raise DataError("isotonic knots must increase strictly, at least one, with an end slope > 0.")
 
     @classmethod
-    def fit(cls, logit: npt.ArrayLike, label: npt.ArrayLike, weight: npt.ArrayLike | None = None) -> Self:
-        """Fit to rows, by way of a sketch; conventions of :mod:`calibration.base`."""
-        sketch = LogitSketch()
-        sketch.update(logit, label, weight)
-        return cls.fit_sketch(sketch)
-
-    @classmethod
-    def fit_sketch(cls, sketch: LogitSketch) -> Self:
-        """Fit to a sketch, in the five steps of the class; ``DataError`` without rows."""
-        platt = PlattCalibrator.fit_sketch(sketch)
+    def of_sketch(cls, sketch: LogitSketch) -> Self:
+        """The map of a sketch's rows, in the five steps of the class."""
         logit, rows, positives, _ = sketch.bins()
+        platt = PlattCalibrator(*fit_line(logit, rows, positives))
         on_line = platt.transform(logit)
         information = rows * on_line * (1.0 - on_line)
         # 1. pool the observed rates
@@ -118,64 +114,20 @@ class IsotonicCalibrator:
         calibrated: FloatArray = inside + self.end_slope * past
         return calibrated
 
-    def transform(self, logit: npt.ArrayLike) -> FloatArray:
-        """Calibrated probability, shape ``(n,)``."""
-        return sigmoid(self.transform_logit(logit))
-
-    def state(self) -> dict[str, Any]:
-        """Plain JSON data."""
+    def parameters(self) -> dict[str, Any]:
+        """Knots and the slope past them."""
         return {
-            "kind": "isotonic",
             "knot_logit": self._x.tolist(),
             "calibrated_logit": self._y.tolist(),
             "end_slope": self.end_slope,
         }
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> Self:
-        """The map that :meth:`state` described; ``StaleStateError`` if it is none."""
-        expect_fields(state, "isotonic", ("knot_logit", "calibrated_logit", "end_slope"))
-        knots = finite_list(state["knot_logit"], "knot_logit")
-        values = finite_list(state["calibrated_logit"], "calibrated_logit")
-        return cls(knots, values, finite(state, "end_slope"))
-
-
-def pooled_starts(value: FloatArray, weight: FloatArray) -> npt.NDArray[np.intp]:
-    """Pool adjacent violators: where the blocks of the weighted isotonic fit begin.
-
-    Parameters
-    ----------
-    value, weight : ndarray, shape (n,)
-        Neighbours with ``value`` not strictly increasing are pooled into their weighted mean; ``weight`` > 0.
-
-    Returns
-    -------
-    ndarray, shape (blocks,), of int
-        First index of each block; the first is 0. Block means increase strictly.
-
-    References
-    ----------
-    Ayer et al. (1955), An empirical distribution function for sampling with incomplete information.
-
-    Examples
-    --------
-    >>> pooled_starts(np.array([1.0, 3.0, 2.0, 4.0]), np.ones(4)).tolist()
-    [0, 1, 3]
-    """
-    means: list[float] = []
-    weights: list[float] = []
-    starts: list[int] = []
-    for start, (mean, mass) in enumerate(zip(value.tolist(), weight.tolist(), strict=True)):
-        first = start
-        while means and means[-1] >= mean:
-            before = weights.pop()
-            mean = (means.pop() * before + mean * mass) / (before + mass)
-            mass += before
-            first = starts.pop()
-        means.append(mean)
-        weights.append(mass)
-        starts.append(first)
-    return np.array(starts, dtype=np.intp)
+    def of_parameters(cls, parameters: Mapping[str, Any]) -> Self:
+        """The map of :meth:`parameters`."""
+        knots = finite_list(parameters["knot_logit"], "knot_logit")
+        values = finite_list(parameters["calibrated_logit"], "calibrated_logit")
+        return cls(knots, values, finite(parameters, "end_slope"))
 
 
 def _line_strength(
@@ -184,9 +136,7 @@ def _line_strength(
     """``1 / tau²``: pseudo-information that the Platt line is worth, from how well equal groups fit it."""
     total = float(information.sum())
     groups = int(np.clip(total / _GROUP_INFORMATION, _FEWEST_GROUPS, _MOST_GROUPS))
-    middle = np.cumsum(information) - 0.5 * information
-    group = np.minimum((middle / total * groups).astype(np.int64), groups - 1)
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    starts = equal_starts(information, groups)
     residual = np.add.reduceat(positives - rows * on_line, starts)
     misfit = float((residual**2 / np.add.reduceat(information, starts)).sum())
     # The line has used up two degrees of freedom.

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calibration.link import FloatArray
+from calibration.pooling import equal_starts
 
 __all__ = ["ReliabilityTable", "auc", "ece", "log_loss", "ne", "pcoc", "reliability"]
 
@@ -108,14 +109,11 @@ def reliability(
     groups: int,
 ) -> ReliabilityTable:
     """Cut the bins into at most ``groups`` groups of nearly equal weight (a bin is never split)."""
-    # A bin belongs to the group in which the middle of its weight falls.
-    middle = np.cumsum(rows) - 0.5 * rows
-    group = np.minimum((middle / rows.sum() * groups).astype(np.int64), groups - 1) if rows.size else rows
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
-    ends = np.append(starts[1:], len(rows)) - 1 if len(starts) else starts
-    if not len(starts):
+    if not len(rows):
         empty = np.zeros(0)
         return ReliabilityTable(empty, empty, empty, empty, empty)
+    starts = equal_starts(rows, groups)
+    ends = np.append(starts[1:], len(rows)) - 1
     return ReliabilityTable(
         rows=np.add.reduceat(rows, starts),
         positives=np.add.reduceat(positives, starts),

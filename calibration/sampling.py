@@ -13,19 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy.typing as npt
 
-from calibration.base import checked_logit
-from calibration.link import FloatArray, sigmoid
+from calibration.base import VERSION, checked_logit, checked_rows
+from calibration.fixed import FixedCalibrator
+from calibration.link import FloatArray
 from calibration.state import expect_fields, finite
 from pipelines.errors import ConfigError
 
 __all__ = ["SamplingCorrection"]
 
 
-class SamplingCorrection:
+class SamplingCorrection(FixedCalibrator):
     """Shift logits by ``ln w``, ``w`` the kept share of negatives.
 
     Parameters
@@ -46,6 +47,8 @@ class SamplingCorrection:
     [0.0909]
     """
 
+    kind: ClassVar[str] = "sampling"
+
     def __init__(self, negative_sampling_rate: float = 1.0) -> None:
         if not 0.0 < negative_sampling_rate <= 1.0:
             raise ConfigError(
@@ -55,21 +58,30 @@ class SamplingCorrection:
         self.negative_sampling_rate = float(negative_sampling_rate)
         self._shift = math.log(self.negative_sampling_rate)
 
+    @classmethod
+    def fit(
+        cls,
+        logit: npt.ArrayLike,
+        label: npt.ArrayLike,
+        weight: npt.ArrayLike | None = None,
+        *,
+        negative_sampling_rate: float = 1.0,
+    ) -> Self:
+        """The correction of this rate, once the rows are found good: they cannot tell it."""
+        checked_rows(logit, label, weight)
+        return cls(negative_sampling_rate)
+
     def transform_logit(self, logit: npt.ArrayLike) -> FloatArray:
         """Logit under the true share of negatives, shape ``(n,)``."""
         corrected: FloatArray = checked_logit(logit) + self._shift
         return corrected
 
-    def transform(self, logit: npt.ArrayLike) -> FloatArray:
-        """Probability under the true share of negatives, shape ``(n,)``."""
-        return sigmoid(self.transform_logit(logit))
-
     def state(self) -> dict[str, Any]:
         """Plain JSON data."""
-        return {"kind": "sampling", "negative_sampling_rate": self.negative_sampling_rate}
+        return {"kind": self.kind, "version": VERSION, "negative_sampling_rate": self.negative_sampling_rate}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The correction that :meth:`state` described."""
-        expect_fields(state, "sampling", ("negative_sampling_rate",))
+        expect_fields(state, cls.kind, ("negative_sampling_rate",), VERSION)
         return cls(finite(state, "negative_sampling_rate"))

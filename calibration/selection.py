@@ -10,17 +10,32 @@ import numpy as np
 import numpy.typing as npt
 
 from calibration.base import Calibrator, checked_rows
+from calibration.beta import BetaCalibrator
+from calibration.histogram import HistogramCalibrator
 from calibration.identity import IdentityCalibrator
 from calibration.isotonic import IsotonicCalibrator
 from calibration.link import LOGIT_LIMIT, FloatArray
+from calibration.plain_isotonic import PlainIsotonicCalibrator
 from calibration.platt import PlattCalibrator
 from calibration.sketch import LogitSketch
+from calibration.temperature import TemperatureCalibrator
 from pipelines.errors import ConfigError
 
 __all__ = ["METHODS", "Selection", "fit_method", "fold_sketches", "select_method"]
 
-# From the simplest to the richest.
-METHODS = ("none", "platt", "isotonic")
+# From the simplest to the richest; then those that are compared but never chosen, because they lose ranks.
+METHODS: dict[str, type[Calibrator]] = {
+    method.kind: method
+    for method in (
+        IdentityCalibrator,
+        TemperatureCalibrator,
+        PlattCalibrator,
+        BetaCalibrator,
+        IsotonicCalibrator,
+        HistogramCalibrator,
+        PlainIsotonicCalibrator,
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +49,7 @@ class Selection:
     log_loss : dict of str to float
         Held-out log loss by method, nats; empty where there was nothing to compare.
     standard_error : dict of str to float
-        Of each method's excess over the best one, paired row by row.
+        Of each method's excess over the best strict one, paired row by row.
     """
 
     method: str
@@ -43,13 +58,9 @@ class Selection:
 
 
 def fit_method(method: str, sketch: LogitSketch) -> Calibrator:
-    """The calibrator of that name, fitted to the sketch; ``ConfigError`` for an unknown name."""
-    if method == "none":
-        return IdentityCalibrator()
-    if method == "platt":
-        return PlattCalibrator.fit_sketch(sketch)
-    if method == "isotonic":
-        return IsotonicCalibrator.fit_sketch(sketch)
+    """The calibrator of that name, fitted to the sketch and frozen; ``ConfigError`` for an unknown name."""
+    if method in METHODS:
+        return METHODS[method].fit_sketch(sketch).frozen()
     raise ConfigError(f"unknown calibration method {method!r}; expected one of {['auto', *METHODS]}.")
 
 
@@ -77,13 +88,18 @@ def fold_sketches(
 
 
 def select_method(folds: Sequence[LogitSketch]) -> Selection:
-    """Simplest method whose held-out log loss is within one standard error of the best.
+    """Simplest strict method whose held-out log loss is within one standard error of the best strict one's.
 
     Each fold is predicted by calibrators fitted to all others (their sum minus the fold, exact on
-    sketches). With ``d`` the difference, row by row, between a method's loss and the best method's, a
-    method qualifies if ``mean(d) <= standard error of mean(d)``; of those, the first of ``none, platt,
-    isotonic`` is taken. The error is paired because the losses of two methods on one row are nearly the
-    same number.
+    sketches). With ``d`` the difference, row by row, between a method's loss and that of the best strict
+    method, a method qualifies if ``mean(d) <= standard error of mean(d)``; of those, the first of ``none,
+    temperature, platt, beta, isotonic`` is taken. The error is paired because the losses of two methods on
+    one row are nearly the same number. ``histogram`` and ``plain_isotonic`` are compared and never chosen:
+    they lose ranks, whatever their log loss.
+
+    ``none`` and ``temperature`` have no level. A level that is off by ``z`` of its standard errors costs
+    about ``z / 2`` standard errors of the paired loss, so that what the rule lets pass is a level that a
+    test at two standard errors would let pass too.
 
     Parameters
     ----------
@@ -94,7 +110,7 @@ def select_method(folds: Sequence[LogitSketch]) -> Selection:
     --------
     >>> rng = np.random.default_rng(0)
     >>> logit = rng.normal(-3.0, 1.0, 50_000)
-    >>> label = rng.random(50_000) < 1.0 / (1.0 + np.exp(-0.7 * logit))
+    >>> label = rng.random(50_000) < 1.0 / (1.0 + np.exp(0.5 - 0.7 * logit))
     >>> select_method(fold_sketches(logit, label)).method
     'platt'
     """
@@ -116,9 +132,10 @@ def select_method(folds: Sequence[LogitSketch]) -> Selection:
     count = np.concatenate(counts, axis=1)
     loss = {method: np.concatenate(parts, axis=1) for method, parts in losses.items()}
     mean = {method: float((count * loss[method]).sum()) / rows for method in METHODS}
-    best = min(METHODS, key=lambda method: mean[method])
+    strict = [kind for kind, method in METHODS.items() if method.is_strict]
+    best = min(strict, key=lambda method: mean[method])
     error = {method: _standard_error(loss[method] - loss[best], count, rows) for method in METHODS}
-    choice = next(method for method in METHODS if mean[method] - mean[best] <= error[method])
+    choice = next(method for method in strict if mean[method] - mean[best] <= error[method])
     return Selection(choice, mean, error)
 
 

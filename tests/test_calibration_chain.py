@@ -27,6 +27,8 @@ def rows(count: int, seed: int, truth: str) -> tuple[np.ndarray, np.ndarray]:
     true_logit = {
         "calibrated": logit,
         "line": 0.6 * logit - 0.9,
+        "slope": 0.7 * logit,
+        "wave": logit + 0.5 * np.sin(1.5 * logit),
         "curve": -0.5 - np.logaddexp(0.0, -(logit + 1.0)) + 0.15 * logit,
     }[truth]
     return logit, (rng.random(count) < sigmoid(true_logit)).astype(float)
@@ -97,7 +99,14 @@ def test_a_chain_of_nothing_is_the_identity() -> None:
 
 
 @pytest.mark.parametrize(
-    ("truth", "method"), [("calibrated", "none"), ("line", "platt"), ("curve", "isotonic")]
+    ("truth", "method"),
+    [
+        ("calibrated", "none"),
+        ("slope", "temperature"),
+        ("line", "platt"),
+        ("curve", "beta"),
+        ("wave", "isotonic"),
+    ],
 )
 def test_auto_finds_the_method_that_made_the_labels(truth: str, method: str) -> None:
     chosen = [CalibrationChain.fit(*rows(60_000, seed, truth)).method for seed in range(5)]
@@ -163,8 +172,8 @@ def test_a_named_method_is_taken_at_its_word(method: str) -> None:
 
 
 def test_an_unknown_method_is_refused_with_the_ones_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"beta.*auto.*isotonic"):
-        CalibrationChain.fit([0.0], [1], method="beta")
+    with pytest.raises(ConfigError, match=r"splines.*auto.*isotonic"):
+        CalibrationChain.fit([0.0], [1], method="splines")
 
 
 def test_calibration_lowers_log_loss_on_rows_it_never_saw() -> None:
@@ -291,7 +300,7 @@ def test_two_runs_over_the_same_rows_are_the_same_to_the_bit() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"version":2}', "not json", '{"version":1,"kind":"calibration_chain"}'],
+    ["", "[]", "{}", '{"version":1}', "not json", '{"version":2,"kind":"calibration_chain"}'],
 )
 def test_text_that_is_no_chain_is_refused(text: str) -> None:
     with pytest.raises(StaleStateError):
@@ -300,7 +309,13 @@ def test_text_that_is_no_chain_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [{"version": 2}, {"base": {"kind": "beta"}}, {"base": None}, {"online": {"kind": "platt"}}, {"extra": 1}],
+    [
+        {"version": 1},
+        {"base": {"kind": "sampling"}},
+        {"base": None},
+        {"online": {"kind": "platt"}},
+        {"extra": 1},
+    ],
 )
 def test_state_with_a_damaged_part_is_refused(damage: dict[str, Any]) -> None:
     chain, *_ = full_chain()

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from sklearn.isotonic import IsotonicRegression
 from sklearn.metrics import roc_auc_score
 
-from calibration.isotonic import IsotonicCalibrator, pooled_starts
+from calibration.isotonic import IsotonicCalibrator
 from calibration.link import sigmoid
 from calibration.platt import PlattCalibrator
+from calibration.pooling import pooled_starts
 from pipelines.errors import DataError, StaleStateError
 
 

@@ -56,7 +56,11 @@ def test_one_update_is_the_mode_of_prior_times_likelihood() -> None:
     logit, label = rng.normal(-1.0, 1.0, 300), (rng.random(300) < 0.6).astype(float)
     weight = rng.uniform(0.5, 2.0, 300)
     config = OnlineConfig(
-        intercept_deviation=0.4, slope_deviation=0.2, intercept_noise=1e-4, slope_noise=1e-5
+        intercept_deviation=0.4,
+        slope_deviation=0.2,
+        intercept_noise=1e-4,
+        slope_noise=1e-5,
+        noise_factors=(1.0,),
     )
     online = OnlinePlatt(config, centre=-1.0)
     online.update(logit, label, weight)
@@ -156,7 +160,7 @@ def test_batches_of_one_class_only_keep_it_finite_and_rising(label: int) -> None
     for _ in range(200):
         online.update(rng.normal(-3, 1, 256), np.full(256, label))
     grid = np.linspace(-30, 30, 10_001)
-    assert np.isfinite(list(online.state()[name] for name in ("intercept", "slope"))).all()
+    assert np.isfinite([online.intercept, online.slope]).all()
     assert (np.diff(online.transform_logit(grid)) > 0).all()
     assert online.intercept_variance * online.slope_variance > online.covariance**2
 
@@ -229,6 +233,9 @@ def test_a_restored_filter_goes_on_to_the_bit() -> None:
         {"intercept_deviation": 0.0},
         {"slope_deviation": 2.0},
         {"minimum_slope": 0.0},
+        {"noise_factors": ()},
+        {"noise_factors": (1.0, 0.0)},
+        {"half_life": 0.0},
     ],
 )
 def test_a_config_outside_its_range_is_refused(values: dict[str, Any]) -> None:
@@ -239,8 +246,10 @@ def test_a_config_outside_its_range_is_refused(values: dict[str, Any]) -> None:
 def test_damaged_state_is_refused() -> None:
     state = OnlinePlatt().state()
     damages: list[dict[str, Any]] = [
-        {"slope": float("nan")},
+        {"slope": [float("nan")] * 4},
         {"slope": "1"},
+        {"slope": [1.0] * 3},
+        {"version": 1},
         {"config": {}},
         {"kind": "platt"},
         {"more": 1},

@@ -8,7 +8,7 @@ from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from calibration.link import LOGIT_LIMIT, logit_of, sigmoid
-from calibration.platt import MINIMUM_SLOPE, PlattCalibrator
+from calibration.platt import MINIMUM_SLOPE, PlattCalibrator, fit_line
 from calibration.sampling import SamplingCorrection
 from calibration.sketch import LogitSketch
 from pipelines.errors import ConfigError, DataError, StaleStateError
@@ -24,6 +24,12 @@ def smoothed(label: np.ndarray, weight: np.ndarray) -> np.ndarray:
     positives, negatives = (weight * label).sum(), (weight * (1 - label)).sum()
     targets: np.ndarray = np.where(label == 1, (positives + 1) / (positives + 2), 1 / (negatives + 2))
     return targets
+
+
+def line_of(logit: np.ndarray, label: np.ndarray, weight: np.ndarray | None = None) -> PlattCalibrator:
+    """The line of rows as they are, without a sketch's resolution."""
+    rows = np.ones(len(logit)) if weight is None else weight.astype(float)
+    return PlattCalibrator(*fit_line(np.asarray(logit, float), rows, rows * label))
 
 
 def test_fit_gives_libsvms_numbers() -> None:
@@ -43,7 +49,7 @@ def test_fit_is_the_minimum_that_a_general_optimiser_finds() -> None:
         return float((weight * (np.logaddexp(0, z) - target * z)).sum())
 
     best = minimize(loss, [0.0, 1.0], method="Nelder-Mead", options={"xatol": 1e-9, "fatol": 1e-10})
-    platt = PlattCalibrator.fit(logit, label, weight)
+    platt = line_of(logit, label, weight)
     assert [platt.intercept, platt.slope] == pytest.approx(best.x, abs=1e-5)
 
 
@@ -55,7 +61,7 @@ def test_fit_is_scikit_learns_logistic_regression_on_smoothed_targets() -> None:
     labels = np.repeat([1, 0], 20_000)
     reference = LogisticRegression(C=np.inf, tol=1e-12, max_iter=1000)
     reference.fit(both, labels, sample_weight=np.concatenate([target, 1 - target]))
-    platt = PlattCalibrator.fit(logit, label)
+    platt = line_of(logit, label)
     assert platt.slope == pytest.approx(reference.coef_[0, 0], abs=1e-5)
     assert platt.intercept == pytest.approx(reference.intercept_[0], abs=1e-5)
 
@@ -64,15 +70,15 @@ def test_fit_to_a_sketch_is_the_fit_to_its_rows() -> None:
     logit, label = click_log(100_000)
     sketch = LogitSketch()
     sketch.update(logit, label)
-    rows, bins = PlattCalibrator.fit(logit, label), PlattCalibrator.fit_sketch(sketch)
+    rows, bins = line_of(logit, label), PlattCalibrator.fit_sketch(sketch)
     assert [bins.intercept, bins.slope] == pytest.approx([rows.intercept, rows.slope], abs=2e-4)
 
 
 def test_a_row_of_whole_weight_is_the_row_that_many_times() -> None:
     logit, label = click_log(1_000)
     weight = np.random.default_rng(1).integers(1, 5, 1_000)
-    weighted = PlattCalibrator.fit(logit, label, weight)
-    repeated = PlattCalibrator.fit(np.repeat(logit, weight), np.repeat(label, weight))
+    weighted = line_of(logit, label, weight)
+    repeated = line_of(np.repeat(logit, weight), np.repeat(label, weight))
     assert [weighted.intercept, weighted.slope] == pytest.approx(
         [repeated.intercept, repeated.slope], abs=1e-11
     )
@@ -81,7 +87,7 @@ def test_a_row_of_whole_weight_is_the_row_that_many_times() -> None:
 def test_mean_prediction_is_the_mean_target() -> None:
     # The gradient of the intercept is zero: a property of every logistic fit.
     logit, label = click_log(5_000)
-    platt = PlattCalibrator.fit(logit, label)
+    platt = line_of(logit, label)
     assert platt.transform(logit).sum() == pytest.approx(smoothed(label, np.ones(5_000)).sum(), abs=1e-8)
 
 
@@ -94,13 +100,13 @@ def test_separable_rows_stay_finite() -> None:
 @pytest.mark.parametrize(("label", "rate"), [(0, 1 / 12), (1, 11 / 12)])
 def test_one_class_moves_the_level_to_the_smoothed_rate_and_leaves_the_slope(label: int, rate: float) -> None:
     logit = np.linspace(-4, -2, 10)
-    platt = PlattCalibrator.fit(logit, np.full(10, label))
-    assert platt.slope == 1.0
+    platt = line_of(logit, np.full(10, label))
+    assert platt.slope == PlattCalibrator.fit(logit, np.full(10, label)).slope == 1.0
     assert platt.transform(logit).mean() == pytest.approx(rate, abs=1e-9)
 
 
 def test_equal_logits_move_the_level_and_leave_the_slope() -> None:
-    platt = PlattCalibrator.fit(np.full(998, -1.0), np.arange(998) < 99)
+    platt = line_of(np.full(998, -1.0), np.arange(998) < 99)
     # 99 positives at 100/101 and 899 negatives at 1/901.
     mean_target = (99 * 100 / 101 + 899 / 901) / 998
     assert platt.slope == 1.0
@@ -120,8 +126,8 @@ def test_the_fit_converges_wherever_the_logits_lie(scale: float, shift: float) -
     rng = np.random.default_rng(5)
     unit = rng.uniform(-0.4, 0.4, 4_000)
     label = (rng.random(4_000) < sigmoid(2 * unit - 1)).astype(float)
-    platt = PlattCalibrator.fit(shift + scale * unit, label)
-    reference = PlattCalibrator.fit(unit, label)
+    platt = line_of(shift + scale * unit, label)
+    reference = line_of(unit, label)
     assert platt.slope * scale == pytest.approx(reference.slope, abs=1e-6)
     assert platt.transform(shift + scale * unit) == pytest.approx(reference.transform(unit), abs=1e-6)
 
@@ -138,7 +144,7 @@ def test_a_line_that_does_not_rise_is_refused(slope: float) -> None:
     with pytest.raises(DataError):
         PlattCalibrator(0.0, slope)
     with pytest.raises(StaleStateError):
-        PlattCalibrator.from_state({"kind": "platt", "intercept": 0.0, "slope": slope})
+        PlattCalibrator.from_state({**PlattCalibrator().state(), "slope": slope})
 
 
 def test_sampling_correction_is_the_closed_form_in_probabilities() -> None:
