@@ -41,12 +41,12 @@ from calibration.link import LOGIT_LIMIT, FloatArray, logit_of
 from calibration.sketch_layout import (
     BINS,
     BINS_PER_LOGIT,
-    FIRST_CELL,
     LOWEST_LOGIT,
     SUMS,
     UNITS,
     IntArray,
     cells_of,
+    places_of,
 )
 from calibration.state import expect_fields
 from pipelines.errors import DataError, StaleStateError
@@ -120,7 +120,7 @@ class LogitSketch:
         sums = self._sums.copy()
         for z, y, w in row_chunks(logit, label, weight, _CHUNK_ROWS):
             cell, offset = cells_of(z)
-            place = np.clip(cell - FIRST_CELL, 0, BINS - 1)
+            place = places_of(cell)
             for one, (amount, largest) in zip(sums, amounts(y, w, cell, offset), strict=True):
                 add(one, place, amount, largest)
         self._sums = sums

@@ -35,6 +35,7 @@ __all__ = [
     "IntArray",
     "Taylor",
     "cells_of",
+    "places_of",
     "probability_of",
     "taylor",
 ]
@@ -127,6 +128,11 @@ def cells_of(logit: FloatArray) -> tuple[IntArray, FloatArray]:
     q -= 0.5
     q /= BINS_PER_LOGIT
     return cell, q
+
+
+def places_of(cell: IntArray) -> IntArray:
+    """The bin of each cell, in [0, BINS)."""
+    return np.clip(cell - FIRST_CELL, 0, BINS - 1)
 
 
 def probability_of(cell: IntArray, offset: FloatArray) -> FloatArray:
