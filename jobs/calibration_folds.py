@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from calibration.chain import CalibrationChain
 from calibration.sketch import LogitSketch
 from calibration.sketch_book import SketchBook, SketchKey
-from jobs.chain_spark import calibrated
 from jobs.sketch_spark import sketch_book
 from pipelines.config import Task
 from pipelines.duration import HOUR_MS
@@ -16,7 +14,7 @@ from pipelines.duration import HOUR_MS
 if TYPE_CHECKING:
     from pyspark.sql import Column, DataFrame
 
-__all__ = ["MATURITY", "Folds", "fold_sketches_of"]
+__all__ = ["MATURITY", "Folds", "fold_sketches_of", "segment_sketches"]
 
 MATURITY = "mature"
 
@@ -37,7 +35,7 @@ class Folds:
     book: SketchBook
 
 
-def fold_sketches_of(rows: DataFrame, release: str, task: Task, chain: CalibrationChain, folds: int) -> Folds:
+def fold_sketches_of(rows: DataFrame, release: str, task: Task, folds: int) -> Folds:
     """Sketch the logits that a base calibrator starts from, fold by fold.
 
     A fold is a hash of the user and the hour, so that rows of one visit, which share their luck, are never
@@ -46,28 +44,33 @@ def fold_sketches_of(rows: DataFrame, release: str, task: Task, chain: Calibrati
     Parameters
     ----------
     rows : DataFrame
-        `jobs.held_out_rows.SCORED_COLUMNS`.
+        `jobs.held_out_rows.SCORED_COLUMNS`, the logit after the correction of the sampling.
     release, task
         For the keys of the book.
-    chain : CalibrationChain
-        What comes before the base: the correction of the sampling.
     folds : int
     """
     from pyspark.sql import functions as F
 
-    corrected = calibrated(rows, {"corrected": chain})
-    keyed = corrected.select(
+    named = F.concat(F.lit(_FOLD), _fold(folds).cast("string"))
+    book = segment_sketches(rows, release, task, named, "logit")
+    keys = [SketchKey(release, task, f"{_FOLD}{number}", MATURITY) for number in range(folds)]
+    return Folds(tuple(book[key] if key in book else LogitSketch() for key in keys), book)
+
+
+def segment_sketches(rows: DataFrame, release: str, task: Task, segment: Column, logit: str) -> SketchBook:
+    """A sketch for each value of ``segment``, of the column of logits."""
+    from pyspark.sql import functions as F
+
+    keyed = rows.select(
         F.lit(release).alias("release"),
         F.lit(task).alias("task"),
-        F.concat(F.lit(_FOLD), _fold(folds).cast("string")).alias("segment"),
+        segment.alias("segment"),
         F.lit(MATURITY).alias("maturity"),
-        F.col("corrected").alias("logit"),
+        F.col(logit).alias("logit"),
         "label",
         "weight",
     )
-    book = sketch_book(keyed, "weight")
-    keys = [SketchKey(release, task, f"{_FOLD}{number}", MATURITY) for number in range(folds)]
-    return Folds(tuple(book[key] if key in book else LogitSketch() for key in keys), book)
+    return sketch_book(keyed, "weight")
 
 
 _FOLD = "fold="

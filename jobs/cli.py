@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "samples": ("jobs.samples", "Sample snapshots by Spark: ingest, build, relabel, check, replay, show."),
     "spark-entry": ("jobs.spark_submit", "Print the file that spark-submit runs the commands with."),
     "train": ("jobs.train", "Train a teacher or a first student from a sample snapshot."),
+    "calibrate": ("jobs.calibrate", "Calibrate a release anew on held-out rows; register it if better."),
     "stream": ("jobs.stream", "Update the student online from Kafka: predict, learn, calibrate, commit."),
     "backtest": ("jobs.backtest", "Run the worker's loop over event files and record every prediction."),
     "checkpoint": ("jobs.checkpoint_command", "Look into a worker's state: list, verify, digest, gc."),

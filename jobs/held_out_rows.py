@@ -67,12 +67,26 @@ class HeldOutRows:
         ``before_window``, ``after_as_of``, ``open`` (the label may still change) and ``held_out``.
     first, last : int
         When the first and the last held-out window opened, ms.
+    settled : int
+        After how long a label is final, ms.
     """
 
     frame: DataFrame
     counts: dict[str, int]
     first: int
     last: int
+    settled: int
+
+    def why_none(self) -> str | None:
+        """None, or why no row is held out."""
+        if self.counts["held_out"]:
+            return None
+        return (
+            f"of {self.counts['snapshot']:,} rows {self.counts['learned']:,} were there to be "
+            f"learned, {self.counts['before_window']:,} opened before the window, "
+            f"{self.counts['after_as_of']:,} after the as-of time, and {self.counts['open']:,} may still "
+            f"change their label, which is final after {format_duration(self.settled)}"
+        )
 
 
 def held_out_rows(
@@ -86,7 +100,7 @@ def held_out_rows(
     Raises
     ------
     DataError
-        If the snapshot does not fit the release, ends before ``as_of``, or has no such rows.
+        If the snapshot does not fit the release, or ends before ``as_of``.
     """
     from pyspark.sql import functions as F
 
@@ -112,21 +126,14 @@ def held_out_rows(
     counts |= {row[0]: row[1] for row in fates}
     counts["snapshot"] = sum(row[1] for row in fates)
     ends = [(row[2], row[3]) for row in fates if row[0] == "held_out"]
-    if not ends:
-        raise DataError(
-            f"no row of the task {task} in {snapshot} can judge {release.name}: of {counts['snapshot']} rows "
-            f"{counts['learned']} were there to be learned, {counts['before_window']} opened before the "
-            f"window, {counts['after_as_of']} after --as-of, and {counts['open']} may still change their "
-            f"label (it is final after {format_duration(settled)}).",
-            hint="build a snapshot with a later --as-of, or name an older release",
-        )
     widths = {
         "buckets": len(release.spec.column_field),
         "numbers": len(release.spec.numeric),
         "segment_key": len(manifest.segments),
     }
     scored = rows.where(fate == "held_out").mapInArrow(_scorer(spark, release, task, widths), SCORED_COLUMNS)
-    return HeldOutRows(scored, counts, *ends[0])
+    first, last = ends[0] if ends else (window.as_of, window.as_of)
+    return HeldOutRows(scored, counts, first, last, settled)
 
 
 def _check_fits(snapshot: str, release: Release, task: Task, as_of: int, open_labels: bool) -> None:

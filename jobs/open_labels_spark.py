@@ -13,10 +13,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pyspark.sql import Column
+from calibration.platt import PlattCalibrator
+from jobs.calibration_folds import fold_sketches_of
+from pipelines.config import Task
 
-__all__ = ["seen_logit", "soft_label"]
+if TYPE_CHECKING:
+    from pyspark.sql import Column, DataFrame
+
+__all__ = ["seen_logit", "soft_label", "with_soft_labels"]
+
+_CHANGE = 1e-4
+_STEPS = 20
 
 
 def seen_logit(logit: Column, share: Column) -> Column:
@@ -32,3 +39,28 @@ def soft_label(label: Column, logit: Column, share: Column) -> Column:
 
     later = (1.0 - share) / (1.0 - share + F.exp(-logit))
     return F.when(share >= 1.0, label).otherwise(label + (1.0 - label) * later)
+
+
+def with_soft_labels(rows: DataFrame, release: str, task: Task) -> DataFrame:
+    """The rows with the soft labels of EM: Platt's line from them, they from the line, until it rests.
+
+    Parameters
+    ----------
+    rows : DataFrame
+        `jobs.held_out_rows.SCORED_COLUMNS`, the logit after the correction of the sampling; read once a
+        step, so they should be kept.
+    release, task
+        As for `jobs.calibration_folds.fold_sketches_of`.
+    """
+    from pyspark.sql import functions as F
+
+    slope, intercept = 1.0, 0.0
+    for _ in range(_STEPS):
+        calibrated = F.col("logit") * slope + intercept
+        soft = rows.withColumn("label", soft_label(F.col("label"), calibrated, F.col("share")))
+        line = PlattCalibrator.fit_sketch(fold_sketches_of(soft, release, task, 1).sketches[0])
+        change = abs(line.slope - slope) + abs(line.intercept - intercept)
+        slope, intercept = line.slope, line.intercept
+        if change < _CHANGE:
+            break
+    return soft

@@ -201,6 +201,23 @@ class UtcTime(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
+class Duration(click.ParamType[int]):
+    """A click type for ``pipelines.duration.parse_duration``: milliseconds."""
+
+    name = "DURATION"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Turn text such as ``7d`` into int64 milliseconds, or fail as a usage error."""
+        from pipelines.duration import parse_duration
+
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_duration(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
 def as_of_option(*, required: bool = False) -> Callable[[Function], Function]:
     """Add ``--as-of TIME``; passes ``as_of`` (``int | None``, event time, ms since the epoch, UTC)."""
     return click.option(

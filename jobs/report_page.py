@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from jobs.report_blocks import (
     seconds,
     status_cell,
 )
+from jobs.report_html import Headline, page_html
 from jobs.report_operations import (
     accounting_section,
     consistency_section,
@@ -43,36 +43,11 @@ _DIGEST_DIGITS = 16
 _OBSERVING = ("vanilla", "esdfm", "defer", "defuse", "bidefuse")
 
 
-@dataclass(frozen=True)
-class Headline:
-    """What a reader must know who reads no further."""
-
-    status: str
-    claim: str
-    counts: tuple[tuple[str, int], ...]
-    alarms: tuple[str, ...]
-    tiles: tuple[Tile, ...]
-
-
 def render(run: RunFolder) -> str:
     """The whole page: one HTML document that loads nothing from anywhere."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    environment = Environment(
-        loader=PackageLoader("jobs", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     verdicts = run_verdicts(run)
     parts = sections(run, verdicts)
-    return environment.get_template("report.html.j2").render(
-        title=_title(run),
-        subtitle=_subtitle(run),
-        headline=_headline(run, verdicts, parts),
-        sections=parts,
-    )
+    return page_html(_title(run), _subtitle(run), _headline(run, verdicts, parts), parts)
 
 
 def sections(run: RunFolder, verdicts: Sequence[Verdict]) -> list[Section]:

@@ -1,21 +1,22 @@
-"""The report's plots, as SVG in data URIs: reliability, and student, teacher and frozen student over time."""
+"""The report's plots over time, as SVG in data URIs: student, teacher and frozen student."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jobs.report_blocks import Figure, FigureRow, decimal, moment, signed
+from jobs.report_reliability import ReliabilitySeries, reliability_figure
 from jobs.report_svg import svg_figure
 from monitoring.quality import normalized_entropy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["TimeBins", "reliability_plot", "task_figures", "time_bins"]
+__all__ = ["TimeBins", "task_figures", "time_bins"]
 
 Floats = NDArray[np.float64]
 
@@ -35,13 +36,6 @@ _LABELS = {
     "stale": "frozen student",
     "base_rate": "base rate",
 }
-# Tick marks of a wide and of a narrow range of probabilities.
-_COARSE = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.2, 0.5, 0.8, 0.95, 0.99, 0.999)
-_FINE = (
-    *(n * 1e-3 for n in range(1, 10)),
-    *(n * 1e-2 for n in (1, 1.5, 2, 3, 4, 5, 7)),
-    *(n / 10 for n in range(1, 10)),
-)
 
 
 class TimeBins:
@@ -106,13 +100,13 @@ def time_bins(timeline: Mapping[str, Any]) -> TimeBins:
 def task_figures(task: str, found: Mapping[str, Any], reliability: Mapping[str, Any] | None) -> FigureRow:
     """All plots of one task."""
     bins = time_bins(found["timeline"])
-    figures = [] if reliability is None else [reliability_plot(task, reliability)]
+    figures = [] if reliability is None else [_reliability_plot(task, reliability)]
     return FigureRow((*figures, _ne_plot(task, bins), _pcoc_plot(task, bins), _gain_plot(task, bins)))
 
 
-def reliability_plot(task: str, reliability: Mapping[str, Any]) -> Figure:
-    """Predicted against observed on logit axes: student before and after calibration, teacher."""
-    series = (
+def _reliability_plot(task: str, reliability: Mapping[str, Any]) -> Figure:
+    """Student before and after calibration, teacher."""
+    styles = (
         (
             "student_uncalibrated",
             "student, before",
@@ -121,63 +115,12 @@ def reliability_plot(task: str, reliability: Mapping[str, Any]) -> Figure:
         ("teacher", "teacher", {"color": "#b4620f", "marker": "s", "markersize": 3.5}),
         ("student", "student, calibrated", {"color": "#1f5fa8", "marker": "o"}),
     )
-    tables = {name: _finite_rows(reliability[name]["table"]) for name, _, _ in series if name in reliability}
-    ends = [
-        row[key] for rows in tables.values() for row in rows for key in ("predicted_logit", "observed_logit")
+    series = [
+        ReliabilitySeries(label, tuple(reliability[name]["table"]), style, name == "student")
+        for name, label, style in styles
+        if name in reliability
     ]
-
-    def draw(axes: Axes) -> None:
-        low, high = (min(ends) - 0.4, max(ends) + 0.4) if ends else (-6.0, 0.0)
-        axes.plot([low, high], [low, high], color="#9aa5ae", linewidth=1, zorder=1)
-        for name, label, style in series:
-            rows = tables.get(name)
-            if not rows:
-                continue
-            x, y = (np.array([row[key] for row in rows]) for key in ("predicted_logit", "observed_logit"))
-            if name == "student":
-                spread = [
-                    [row["observed_logit"] - row["low_logit"] for row in rows],
-                    [row["high_logit"] - row["observed_logit"] for row in rows],
-                ]
-                axes.errorbar(x, y, spread, fmt="none", ecolor="#1f5fa8", alpha=0.45, linewidth=1.2, zorder=3)
-            options: dict[str, Any] = {"linewidth": 1.0, "markersize": 4.5, **style}
-            options["zorder"] = 4 if name == "student" else 2
-            axes.plot(x, y, label=label, **options)
-        axes.set_xlim(low, high)
-        axes.set_ylim(low, high)
-        coarse, fine = (
-            [p for p in marks if low <= np.log(p / (1 - p)) <= high] for marks in (_COARSE, _FINE)
-        )
-        ticks = coarse if len(coarse) >= 4 else fine
-        places, names = [np.log(p / (1 - p)) for p in ticks], [f"{100 * p:g} %" for p in ticks]
-        axes.set_xticks(places, names)
-        axes.set_yticks(places, names)
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("observed")
-
-    def gap(name: str) -> str:
-        rows = tables.get(name)
-        if not rows:
-            return "unknown"
-        mean = float(np.mean([abs(row["predicted_logit"] - row["observed_logit"]) for row in rows]))
-        return f"{mean:.2f}"
-
-    alt = (
-        f"Reliability diagram of the {task} task on logit axes. Mean distance from the diagonal in logits: "
-        f"student calibrated {gap('student')}, before calibration {gap('student_uncalibrated')}, "
-        f"teacher {gap('teacher')}."
-    )
-    note = (
-        "Observed against predicted, on logit axes: below the line it over-predicts. Groups of equally many "
-        "rows, 95 % intervals."
-    )
-    return svg_figure(draw, "Reliability", alt, note)
-
-
-def _finite_rows(table: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Groups that have a place on logit axes: some positives and some negatives."""
-    keys = ("predicted_logit", "observed_logit", "low_logit", "high_logit")
-    return [row for row in table if all(row[key] is not None for key in keys)]
+    return reliability_figure(task, series)
 
 
 def _ne_plot(task: str, bins: TimeBins) -> Figure:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from jobs.options import as_of_option, bootstrap_option, config_options
+from jobs.options import Duration, as_of_option, bootstrap_option, config_options
 from jobs.spark_options import (
     is_long_running,
     lake_option,
@@ -22,23 +22,13 @@ if TYPE_CHECKING:
 __all__ = ["build_command", "relabel_command"]
 
 
-def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    from pipelines.duration import parse_duration
-
-    try:
-        return None if value is None else parse_duration(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, parameter) from error
-
-
 @click.command("build")
 @lake_option
 @location_option("--out", "Folder of snapshots; the new one gets a folder of its own in it.")
 @click.option(
     "--window",
     required=True,
-    metavar="DURATION",
-    callback=_duration,
+    type=Duration(),
     help="How far back before --as-of: 7d, 15d, 30d, 45d, 60d, 90d or any other duration.",
 )
 @as_of_option(required=True)
@@ -99,8 +89,7 @@ def build_command(
 @as_of_option(required=True)
 @click.option(
     "--window",
-    metavar="DURATION",
-    callback=_duration,
+    type=Duration(),
     help="How far back before --as-of; the base's if not given.",
 )
 @click.option(

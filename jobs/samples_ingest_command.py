@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from jobs.options import UtcTime, bootstrap_option, config_options
+from jobs.options import Duration, UtcTime, bootstrap_option, config_options
 from jobs.spark_options import are_files_many, location_option, spark_for, spark_options
-from pipelines.duration import format_duration, parse_duration
+from pipelines.duration import format_duration
 from pipelines.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,15 +21,6 @@ __all__ = ["command"]
 FORMATS = ("criteo-attribution", "criteo-conversions", "avazu", "taobao", "kuairand", "table")
 # Shorter makes smaller files: a batch has a file for every kind and hour that it touches.
 _EVERY_MS = 600_000
-
-
-def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | None:
-    if value is None or ctx.resilient_parsing:
-        return None
-    try:
-        return parse_duration(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, parameter) from error
 
 
 @click.command("ingest")
@@ -60,8 +51,7 @@ def _duration(ctx: click.Context, parameter: click.Parameter, value: str | None)
 @click.option("--continuous", is_flag=True, help="Kafka only: go on until interrupted.")
 @click.option(
     "--every",
-    metavar="DURATION",
-    callback=_duration,
+    type=Duration(),
     help=f"With --continuous, a batch this often; each writes a file for every kind and hour.  "
     f"[default: {format_duration(_EVERY_MS)}]",
 )
