@@ -182,12 +182,9 @@ def _stages_table(one: TaskCalibration) -> TableBlock:
         (Column("Probabilities"), *(Column(title, is_number=True) for title in columns), Column("Tests")),
         tuple(rows),
         note=(
-            "Lower is better: log loss (nats), NE, ECE (20 groups of equal weight, over the rate), "
-            "smoothed ECE; beside each what a perfectly calibrated model shows on these rows. PCOC, "
-            f"predicted over observed: 1 is right. Tests of level, slope, shape and spread, at {LEVEL:g} together."
-        ), NE, ECE (20 groups of equal weight, over the base rate), smoothed "
-            "ECE; beside each what a perfectly calibrated model shows on these rows. PCOC, predicted over "
-            f"observed: 1 is right. Tests of level, slope, shape and spread, at {LEVEL:g} together."
+            "Lower is better: log loss (nats), NE, ECE (20 groups of equal weight, over the base rate), "
+            "smoothed ECE; beside each what a perfectly calibrated model shows on these rows. PCOC, predicted "
+            f"over observed: 1 is right. Tests of level, slope, shape and spread, at {LEVEL:g} together."
         ),
     )
 
