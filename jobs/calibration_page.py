@@ -132,6 +132,7 @@ def _decision(found: Calibration) -> Section:
 def _task_section(task: Task, one: TaskCalibration) -> Section:
     blocks: list[Block] = [
         _stages_table(one),
+        _tests_table(one),
         calibration_figures_of(task, one.sketches),
         _methods_table(one),
         _days_table(one.days),
@@ -179,25 +180,45 @@ def _stages_table(one: TaskCalibration) -> TableBlock:
         )
     return TableBlock(
         "Before and after",
-        (Column("Probabilities"), *(Column(title, is_number=True) for title in columns), Column("Tests")),
+        (Column("Probabilities"), *(Column(title, is_number=True) for title in columns)),
         tuple(rows),
         note=(
-            "Lower is better: log loss (nats), NE, ECE (20 groups of equal weight, over the base rate), "
-            "smoothed ECE; beside each what a perfectly calibrated model shows on these rows. PCOC, predicted "
-            f"over observed: 1 is right. Tests of level, slope, shape and spread, at {LEVEL:g} together."
+            "Lower is better: log loss (nats), NE, ECE (20 groups of equal weight, over the base rate) and "
+            "smoothed ECE; beside each of these what a perfectly calibrated model shows on the same rows. "
+            "PCOC, predicted over observed: 1 is right."
         ),
     )
 
 
-def _tests(found: dict[str, Any]) -> Cell:
+def _tests_table(one: TaskCalibration) -> TableBlock:
+    rows = []
+    for stage in STAGES:
+        found = one.figures[stage]
+        against = rejected(found)
+        cells = [
+            Cell(scientific(test["p_value"]), tone="bad" if name in against else "good")
+            for name, test in found["tests"].items()
+        ]
+        rows.append((Cell(STAGE_NAMES[stage], strong=stage == "after"), *cells))
+    nulls = "; ".join(
+        f"{_TESTS[name]}: {test['null']}" for name, test in one.figures["after"]["tests"].items()
+    )
+    return TableBlock(
+        "Tests of calibration, p-values",
+        (Column("Probabilities"), *(Column(f"{words} ({name})") for name, words in _TESTS.items())),
+        tuple(rows),
+        note=(
+            f"How likely a calibrated model shows so much; red where a test rejects at {LEVEL:g} for all four "
+            f"together. Null distributions: {nulls}. With many rows some test rejects every model: see also "
+            "how large the error is."
+        ),
+    )
+
+
+def _rejecting(found: dict[str, Any]) -> Cell:
     against = rejected(found)
-    words = ", ".join(_TESTS[name] for name in against)
-    detail = "; ".join(
-        f"{_TESTS[name]} p = {scientific(test['p_value'])}" for name, test in found["tests"].items()
-    )
-    return Cell(
-        f"rejected: {words}" if against else "none rejects", tone="bad" if against else "good", detail=detail
-    )
+    text = f"{len(against)} of {len(found['tests'])} reject" if against else "none rejects"
+    return Cell(text, tone="bad" if against else "good")
 
 
 def _interval(found: dict[str, Any]) -> str:
@@ -240,7 +261,7 @@ def _method_row(method: MethodFigures, best: MethodFigures, choice: str) -> tupl
     return (
         Cell(f"{method.method}{' (taken)' if strong else ''}", strong=strong),
         *(Cell(value, strong=strong) for value in values),
-        _tests(found),
+        _rejecting(found),
         Cell("kept" if method.is_strict else "lost"),
     )
 
