@@ -31,8 +31,10 @@ def digest(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(canonical_json(state).encode("ascii")).hexdigest()
 
 
-def expect_fields(state: Mapping[str, Any], kind: str, fields: Iterable[str]) -> None:
-    """Refuse a state of another kind, or one with fields missing or unknown.
+def expect_fields(
+    state: Mapping[str, Any], kind: str, fields: Iterable[str], version: int | None = None
+) -> None:
+    """Refuse a state of another kind or version, or one with fields missing or unknown.
 
     Raises
     ------
@@ -42,7 +44,12 @@ def expect_fields(state: Mapping[str, Any], kind: str, fields: Iterable[str]) ->
     found_kind = state.get("kind") if isinstance(state, Mapping) else None
     if found_kind != kind:
         raise StaleStateError(f"expected calibration state of kind {kind!r}; got {found_kind!r}.")
-    expected, found = {"kind", *fields}, set(state)
+    if version is not None and state.get("version") != version:
+        raise StaleStateError(
+            f"expected {kind!r} calibration state of version {version}; got {state.get('version')!r}.",
+            hint="calibrate again, or use the program version that wrote it",
+        )
+    expected, found = {"kind", *fields, *(() if version is None else ("version",))}, set(state)
     if expected != found:
         raise StaleStateError(
             f"calibration state of kind {kind!r} does not fit: missing {sorted(expected - found)}, "
