@@ -26,6 +26,8 @@ _LARGEST_MEAN = 1.0 - 1e-12
 _SMALLEST_MEAN = 1e-300
 # Rows of one segment that are split between nearly 0 and nearly 1 would ask for shifts without bound.
 _SMALLEST_SLOPE = 0.25
+# Where nearly all rows are positive, next to no variance is left, and every deviation would be believed.
+_SMALLEST_DISPERSION = 1.0 / 16.0
 
 
 class SegmentResponse(NamedTuple):
@@ -75,9 +77,22 @@ class SegmentResponse(NamedTuple):
 
 
 class Shrunk(NamedTuple):
-    """Of each segment: what its ancestors leave to be expected, the multiplier of that, and its shift."""
+    """Corrections of segments; arrays of one shape.
+
+    Attributes
+    ----------
+    expected : ndarray
+        What the ancestors leave to be expected, the ``E`` of the multiplier.
+    dispersion : ndarray
+        ``φ``: variance of the count over ``expected``, by chance alone.
+    multiplier : ndarray
+        ``m``, of ``expected``.
+    shift : ndarray, logits
+        What brings it about, beside the ancestors' shifts.
+    """
 
     expected: FloatArray
+    dispersion: FloatArray
     multiplier: FloatArray
     shift: FloatArray
 
@@ -86,6 +101,11 @@ def shrunk(
     sums: FloatArray, strength: float, minimum_support: float, prior: FloatArray | None = None
 ) -> Shrunk:
     """Gamma-Poisson shrunk multipliers, and the shifts that bring them about.
+
+    A count of rare positives is Poisson, of variance ``E``. One of frequent positives varies less, by
+    ``φ = V / E``; counted in units of ``φ``, it has the mean and the variance of a Poisson count again::
+
+        m = (C / φ + a) / (E / φ + a)
 
     Parameters
     ----------
@@ -102,8 +122,10 @@ def shrunk(
     response = SegmentResponse.of(expected, rows, variance)
     before = response.mean if prior is None else response.mean_at(prior)
     due = rows * before
+    # V / E of rows that the ancestors have shifted.
+    dispersion = np.maximum(response.slope * (1.0 - before), _SMALLEST_DISPERSION)
     supported: npt.NDArray[np.bool_] = (rows >= minimum_support) & (rows > 0.0)
-    multiplier = np.where(supported, (positives + strength) / (due + strength), 1.0)
+    multiplier = np.where(supported, (positives + dispersion * strength) / (due + dispersion * strength), 1.0)
     after = np.minimum(multiplier * before, _LARGEST_MEAN)
     shift = (np.log(multiplier) + np.log1p(-before) - np.log1p(-after)) / response.slope
-    return Shrunk(due, multiplier, shift)
+    return Shrunk(due, dispersion, multiplier, shift)

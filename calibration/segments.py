@@ -2,10 +2,10 @@
 
 For each level and each of its segments, over the rows seen: ``C`` observed positives, ``E = Σ p`` expected
 ones, ``N`` rows, ``V = Σ p (1 - p)``, all weighted and slowly forgotten. The truth is taken to be ``m`` times
-the expectation with ``m`` drawn from a Gamma distribution of mean 1 and shape ``a``; given ``C`` (Poisson)
-its expectation is ::
+the expectation with ``m`` drawn from a Gamma distribution of mean 1 and shape ``a``; given ``C`` (Poisson,
+in units of ``φ = V / E``, which is 1 for rare positives) its expectation is ::
 
-    m = (C + a) / (E + a)
+    m = (C + φ a) / (E + φ a)
 
 so ``a`` is how many expected positives a segment must show before it is half believed. ``a`` itself is the
 value under which the counts of all segments are most likely (:meth:`SegmentCorrection.refit`).
@@ -165,8 +165,8 @@ class SegmentCorrection:
         """One level, lists by increasing key.
 
         ``key``, the sums of ``SUMS``; ``values`` of the level's columns; ``due``, what the ancestors leave to
-        be expected (``expected`` without any), and ``prior_shift``, how far they move it; ``multiplier`` of
-        ``due`` and its ``shift`` (logits).
+        be expected (``expected`` without any), and ``prior_shift``, how far they move it; ``dispersion`` of
+        the count, ``multiplier`` of ``due`` and its ``shift`` (logits).
         """
         if name not in self.config.names:
             raise ConfigError(f"no segment level {name!r}; expected one of {list(self.config.names)}.")
@@ -175,7 +175,7 @@ class SegmentCorrection:
         prior = self._prior(level)
         found = self._shrunk(level, sums, prior)
         numbers = dict(zip(SUMS, sums, strict=True)) | {"due": found.expected, "prior_shift": prior}
-        numbers |= {"multiplier": found.multiplier, "shift": found.shift}
+        numbers |= {"dispersion": found.dispersion, "multiplier": found.multiplier, "shift": found.shift}
         values = self._table.parts(level).T.tolist()
         return {
             "key": key.tolist(),
@@ -400,10 +400,11 @@ class SegmentCorrection:
 
     def _refit_level(self, level: int) -> None:
         _, sums = self._table.by_key(level)
-        due = self._shrunk(level, sums, self._prior(level)).expected
-        supported = (sums[SUMS.index("rows")] >= self.config.minimum_support) & (due > 0.0)
+        found = self._shrunk(level, sums, self._prior(level))
+        supported = (sums[SUMS.index("rows")] >= self.config.minimum_support) & (found.expected > 0.0)
         if supported.any():
-            self.strength[level] = prior_strength(sums[0, supported], due[supported])
+            counts = np.array([sums[0], found.expected])[:, supported] / found.dispersion[supported]
+            self.strength[level] = prior_strength(*counts)
 
 
 _CONFIG_NUMBERS = ("half_life", "minimum_support", "prior_strength")

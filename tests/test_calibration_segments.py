@@ -39,13 +39,14 @@ def excess_log_loss(logit: np.ndarray, true_logit: np.ndarray) -> float:
     return float((np.logaddexp(0, logit) - np.logaddexp(0, true_logit) - p * (logit - true_logit)).mean())
 
 
-def test_multiplier_is_c_plus_a_over_e_plus_a() -> None:
+def test_multiplier_is_c_plus_a_over_e_plus_a_in_units_of_the_dispersion() -> None:
     segments = SegmentCorrection(one_field(prior_strength=10.0))
     segments.update(np.full((4, 1), 42), [0.1, 0.2, 0.3, 0.4], [1, 1, 0, 1], [1.0, 2.0, 1.0, 1.0])
     table = segments.segments("campaign_id")
-    c, e = 1 + 2 + 1, 0.1 + 0.4 + 0.3 + 0.4
+    c, e, v = 1 + 2 + 1, 0.1 + 0.4 + 0.3 + 0.4, 0.09 + 2 * 0.16 + 0.21 + 0.24
+    a = 10.0 * v / e
     assert table["key"] == [42]
-    assert table["multiplier"] == pytest.approx([(c + 10) / (e + 10)], abs=1e-9)
+    assert table["multiplier"] == pytest.approx([(c + a) / (e + a)], abs=1e-9)
     assert [table[name][0] for name in ("positives", "expected", "rows")] == pytest.approx([c, e, 5.0])
 
 
@@ -55,7 +56,8 @@ def test_a_segment_of_one_probability_is_moved_to_the_shrunk_rate_exactly(p: flo
     label = np.arange(rows) < 0.6 * rows * p
     segments = SegmentCorrection(one_field(prior_strength=strength))
     segments.update(np.zeros((rows, 1), int), np.full(rows, p), label)
-    m = (label.sum() + strength) / (rows * p + strength)
+    a = strength * max(1.0 - p, 1 / 16)
+    m = (label.sum() + a) / (rows * p + a)
     assert sigmoid(segments.transform_logit(logit_of([p]), [[0]]))[0] == pytest.approx(m * p, rel=1e-6)
 
 
@@ -95,7 +97,8 @@ def test_fields_act_in_turn_each_expecting_what_those_before_it_left() -> None:
         if (field, key) not in sums:
             return 0.0
         c, e, n, v = sums[field, key]
-        before, after = e / n, (c + 5.0) / (e + 5.0) * e / n
+        a = 5.0 * v / e
+        before, after = e / n, (c + a) / (e + a) * e / n
         odds_ratio = after / (1 - after) / (before / (1 - before))
         return float(np.log(odds_ratio) / (v / (n * before * (1 - before))))
 
