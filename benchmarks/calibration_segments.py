@@ -112,7 +112,8 @@ def two_sums(train: Rows, judged: Rows) -> Floats:
 
 def _two_sums(train: Rows) -> tuple[Floats, Floats]:
     campaign, every = train.keys[:, 1], _CAMPAIGNS + _NEW
-    return np.bincount(campaign, train.label, every), np.bincount(campaign, sigmoid(train.logit), every)
+    observed, expected = (np.bincount(campaign, part, every) for part in (train.label, sigmoid(train.logit)))
+    return observed.astype(np.float64), expected.astype(np.float64)
 
 
 def mcgrad(train: Rows, judged: Rows) -> Floats:

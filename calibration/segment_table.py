@@ -56,12 +56,13 @@ class SegmentTable:
     def __init__(self, widths: Sequence[int], maximum: int) -> None:
         self.widths, self.maximum = tuple(widths), maximum
         self._half_lives = 0.0
-        # One array for all levels; each level finds its own columns of it.
-        self._slots: list[dict[int, int]] = [{} for _ in widths]
+        # Of each level: its keys, increasing, and where in the one array of sums each of them is.
+        self._keys = [np.zeros(0, np.int64) for _ in widths]
+        self._slots = [np.zeros(0, np.int64) for _ in widths]
         self._sums = np.zeros((len(SUMS), 256), np.int64)
         self._parts = np.zeros((max([0, *(width for width in widths if width > 1)]), 256), np.int64)
         self._used = 0
-        self._free: list[int] = []
+        self._free = np.zeros(0, np.int64)
         # No sum is above it, in units.
         self._bound = 0.0
 
@@ -69,32 +70,37 @@ class SegmentTable:
 
     def find(self, level: int, keys: IntArray) -> IntArray:
         """Slot of each key of a level, -1 where it is unknown, shape (n,)."""
-        slots = map(self._slots[level].get, keys.tolist(), itertools.repeat(-1))
-        return np.fromiter(slots, np.int64, len(keys))
+        known = self._keys[level]
+        if not len(known):
+            return np.full(len(keys), -1, np.int64)
+        place = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+        return np.where(known[place] == keys, self._slots[level][place], -1)
 
     def insert(self, level: int, keys: IntArray, parts: IntArray) -> IntArray:
         """Slot of each key; unknown keys get one. ``parts``: values of the level's columns, (width, n)."""
-        found, slots = self.find(level, keys), self._slots[level]
+        found = self.find(level, keys)
         unknown = np.flatnonzero(found < 0)
         if len(unknown):
-            new, first = np.unique(keys[unknown], return_index=True)
-            for key, row in zip(new.tolist(), unknown[first].tolist(), strict=True):
-                slots[key] = slot = self._free.pop() if self._free else self._append()
-                if self.widths[level] > 1:
-                    self._parts[: len(parts), slot] = parts[:, row]
-            found[unknown] = [slots[key] for key in keys[unknown].tolist()]
+            new = np.unique(keys[unknown])
+            slots, before = self._take(len(new)), np.searchsorted(self._keys[level], new)
+            self._keys[level] = np.insert(self._keys[level], before, new)
+            self._slots[level] = np.insert(self._slots[level], before, slots)
+            found[unknown] = slots[np.searchsorted(new, keys[unknown])]
+            if self.widths[level] > 1:
+                self._parts[: self.widths[level], found[unknown]] = parts[:, unknown]
         return found
 
     def evict(self) -> None:
         """Where a level is over its bound, keep the best supported seven eighths of the bound."""
-        for level, slots in enumerate(self._slots):
-            if len(slots) <= self.maximum:
+        for level, (key, slot) in enumerate(zip(self._keys, self._slots, strict=True)):
+            if len(key) <= self.maximum:
                 continue
-            key, slot = self._pairs(level)
             from_best = np.lexsort((key, -self._sums[_SUPPORT, slot]))
-            dropped = from_best[int(_KEPT_SHARE * self.maximum) :]
-            self._sums[:, slot[dropped]] = 0
-            self._free.extend(slots.pop(gone) for gone in key[dropped].tolist())
+            stays = np.zeros(len(key), np.bool_)
+            stays[from_best[: int(_KEPT_SHARE * self.maximum)]] = True
+            self._sums[:, slot[~stays]] = 0
+            self._free = np.concatenate([self._free, slot[~stays]])
+            self._keys[level], self._slots[level] = key[stays], slot[stays]
 
     # -- sums -------------------------------------------------------------------------------------------
 
@@ -144,21 +150,21 @@ class SegmentTable:
             raise DataError("a segment is full: it holds at most Σ weight 2e9.", hint="merge fewer days")
         self._sums, self._half_lives = mine, 0.0
         for level in range(len(self.widths)):
-            key, slot = other._pairs(level)
+            slot = other._slots[level]
             # May make room, and so another array of sums.
-            place = self.insert(level, key, other._parts[: self.widths[level], slot])
+            place = self.insert(level, other._keys[level], other.parts(level))
             self._sums[:, place] += theirs[:, slot]
         self._bound = float(self._sums.max())
 
     def by_key(self, level: int) -> tuple[IntArray, FloatArray]:
         """Keys of a level in increasing order, and their sums as of now, shape (4, segments)."""
-        key, slot = self._by_key(level)
-        return key, self._as_of_now(self._sums[:, slot], slot.shape)
+        slot = self._slots[level]
+        return self._keys[level], self._as_of_now(self._sums[:, slot], slot.shape)
 
     def parts(self, level: int) -> IntArray:
         """Values of the level's columns, in the order of :meth:`by_key`, shape (width, segments)."""
-        key, slot = self._by_key(level)
-        return self._parts[: self.widths[level], slot] if self.widths[level] > 1 else key[None]
+        width = self.widths[level]
+        return self._parts[:width, self._slots[level]] if width > 1 else self._keys[level][None]
 
     # -- state ------------------------------------------------------------------------------------------
 
@@ -166,10 +172,9 @@ class SegmentTable:
         """Plain JSON data: for each level keys, increasing, four lists of sums in units, and values."""
         levels = []
         for level, width in enumerate(self.widths):
-            key, slot = self._by_key(level)
-            sums = dict(zip(SUMS, self._sums[:, slot].tolist(), strict=True))
-            parts = self._parts[:width, slot].tolist() if width > 1 else []
-            levels.append({"key": key.tolist(), "parts": parts, **sums})
+            sums = dict(zip(SUMS, self._sums[:, self._slots[level]].tolist(), strict=True))
+            parts = self.parts(level).tolist() if width > 1 else []
+            levels.append({"key": self._keys[level].tolist(), "parts": parts, **sums})
         return {"kind": "segment_table", "half_lives": self._half_lives, "levels": levels}
 
     @classmethod
@@ -200,23 +205,16 @@ class SegmentTable:
     def _scale(self, factor: int) -> None:
         self._sums[:, : self._used] = scaled(self._sums[:, : self._used], factor)
 
-    def _append(self) -> int:
-        if self._used == self._sums.shape[1]:
-            self._sums, self._parts = (
-                np.pad(a, ((0, 0), (0, self._used))) for a in (self._sums, self._parts)
-            )
-        self._used += 1
-        return self._used - 1
-
-    def _by_key(self, level: int) -> tuple[IntArray, IntArray]:
-        key, slot = self._pairs(level)
-        order = np.argsort(key)
-        return key[order], slot[order]
-
-    def _pairs(self, level: int) -> tuple[IntArray, IntArray]:
-        slots = self._slots[level]
-        key = np.fromiter(slots.keys(), dtype=np.int64, count=len(slots))
-        return key, np.fromiter(slots.values(), dtype=np.int64, count=len(slots))
+    def _take(self, count: int) -> IntArray:
+        """Slots that are nobody's, their sums 0; those that were given back first."""
+        again, self._free = self._free[:count], self._free[count:]
+        fresh = np.arange(self._used, self._used + count - len(again))
+        self._used += len(fresh)
+        more = max(0, self._used - self._sums.shape[1])
+        if more:
+            room = ((0, 0), (0, max(more, self._sums.shape[1])))
+            self._sums, self._parts = np.pad(self._sums, room), np.pad(self._parts, room)
+        return np.concatenate([again, fresh])
 
 
 def _checked_columns(columns: Any, width: int) -> tuple[IntArray, IntArray, IntArray]:

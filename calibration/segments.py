@@ -50,7 +50,8 @@ from pipelines.errors import ConfigError, DataError, StaleStateError
 __all__ = ["SEGMENTS_VERSION", "SegmentConfig", "SegmentCorrection"]
 
 SEGMENTS_VERSION = 2
-_ROW_UNIT = float(UNITS[SUMS.index("rows"), 0])
+_ROWS = SUMS.index("rows")
+_ROW_UNIT = float(UNITS[_ROWS, 0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +136,8 @@ class SegmentCorrection:
         self._levels = segment_levels(config.names)
         self._table = SegmentTable([len(level.columns) for level in self._levels], config.maximum_segments)
         self._row_units = 0
+        # Whether a level needs to know what others than its ancestors have corrected.
+        self._in_turn = any(level.before for level in self._levels)
 
     @property
     def effective_rows(self) -> float:
@@ -158,7 +161,7 @@ class SegmentCorrection:
         """
         z = checked_logit(logit)
         slots = self._find(self._columns(keys, len(z)))
-        corrected: FloatArray = z + self._shifts(slots).sum(axis=0)
+        corrected: FloatArray = z + self._shifts(self._table.read(slots)).sum(axis=0)
         return corrected
 
     def segments(self, name: str) -> dict[str, list[Any]]:
@@ -172,7 +175,7 @@ class SegmentCorrection:
             raise ConfigError(f"no segment level {name!r}; expected one of {list(self.config.names)}.")
         level = self.config.names.index(name)
         key, sums = self._table.by_key(level)
-        prior = self._prior(level)
+        prior = self._prior(level, self._shifts(self._ancestors(level)))
         found = self._shrunk(level, sums, prior)
         numbers = dict(zip(SUMS, sums, strict=True)) | {"due": found.expected, "prior_shift": prior}
         numbers |= {"dispersion": found.dispersion, "multiplier": found.multiplier, "shift": found.shift}
@@ -213,11 +216,11 @@ class SegmentCorrection:
             return
         self._table.check_room(total)
         slots = self._insert(columns)
-        shifts, logit = self._shifts(slots), logit_of(p)
+        shifts = self._shifts(self._table.read(slots)) if self._in_turn else np.zeros(slots.shape)
         self._count(w)
         self._table.advance(total / self.config.half_life)
-        for place, level in enumerate(self._levels):
-            self._add(slots[place], w, y, sigmoid(logit + shifts[list(level.before)].sum(axis=0)))
+        for level in range(len(self._levels)):
+            self._add(slots[level], w, y, self._expected(level, p, shifts))
         self._table.evict()
 
     @classmethod
@@ -238,11 +241,12 @@ class SegmentCorrection:
         columns, p, y, w = segments._checked(keys, probability, label, weight)
         segments._table.check_room(float(w.sum()))
         slots = segments._insert(columns)
-        logit, shifts = logit_of(p), np.zeros(slots.shape)
-        for place, level in enumerate(segments._levels):
-            segments._add(slots[place], w, y, sigmoid(logit + shifts[list(level.before)].sum(axis=0)))
-            segments._refit_level(place)
-            shifts[place] = segments._shift(place, segments._table.read(slots[place]), shifts)
+        shifts = np.zeros(slots.shape)
+        for level in range(len(segments._levels)):
+            segments._add(slots[level], w, y, segments._expected(level, p, shifts))
+            segments._refit_level(level)
+            if segments._in_turn:
+                shifts[level] = segments._shift(level, segments._table.read(slots[level]), shifts)
         segments._count(w)
         segments._table.evict()
         return segments
@@ -368,40 +372,61 @@ class SegmentCorrection:
     def _count(self, weight: FloatArray) -> None:
         self._row_units += int(np.rint(weight / _ROW_UNIT).astype(np.int64).sum())
 
+    def _expected(self, level: int, probability: FloatArray, shifts: FloatArray) -> FloatArray:
+        """What a level counts as expected: corrected by the levels before it, its ancestors left out."""
+        before = list(self._levels[level].before)
+        return sigmoid(logit_of(probability) + shifts[before].sum(axis=0)) if before else probability
+
     def _add(self, slots: IntArray, weight: FloatArray, label: FloatArray, expected: FloatArray) -> None:
         due = weight * expected
         self._table.add(slots, np.array([weight * label, due, weight, due * (1.0 - expected)]))
 
-    def _shifts(self, slots: IntArray) -> FloatArray:
-        """Log-odds shift of each level for each row, shape (levels, n); 0 where the segment is unknown."""
-        sums, shifts = self._table.read(slots), np.zeros(slots.shape)
+    def _shifts(self, sums: FloatArray) -> FloatArray:
+        """Log-odds shift of each level, shape (levels, n), from sums of shape (4, levels, n).
+
+        Where a segment is unknown its sums are 0, and so is its shift.
+        """
+        shifts = np.zeros(sums.shape[1:])
         for level in range(len(self._levels)):
             shifts[level] = self._shift(level, sums[:, level], shifts)
         return shifts
 
     def _shift(self, level: int, sums: FloatArray, shifts: FloatArray) -> FloatArray:
         """Shift of one level, given those of the levels before it."""
-        return self._shrunk(level, sums, shifts[list(self._levels[level].ancestors)].sum(axis=0)).shift
+        return self._shrunk(level, sums, self._prior(level, shifts)).shift
+
+    def _prior(self, level: int, shifts: FloatArray) -> FloatArray:
+        prior: FloatArray = shifts[list(self._levels[level].ancestors)].sum(axis=0)
+        return prior
 
     def _shrunk(self, level: int, sums: FloatArray, prior: FloatArray) -> Shrunk:
         has_prior = bool(self._levels[level].ancestors)
         return shrunk(sums, self.strength[level], self.config.minimum_support, prior if has_prior else None)
 
-    def _prior(self, level: int) -> FloatArray:
-        """Sum of the ancestors' shifts for each segment of a level, by key."""
+    def _ancestors(self, level: int) -> FloatArray:
+        """Sums of the ancestors of each segment of a level, by key, shape (4, levels, segments); else 0."""
         own, parts = self._levels[level], self._table.parts(level)
         slots = np.full((len(self._levels), parts.shape[1]), -1, dtype=np.int64)
         for ancestor in own.ancestors:
             above = self._levels[ancestor]
             values = parts[[own.columns.index(column) for column in above.columns]]
             slots[ancestor] = self._table.find(ancestor, above.keys(values))
-        prior: FloatArray = self._shifts(slots)[list(own.ancestors)].sum(axis=0)
-        return prior
+        return self._table.read(slots)
 
     def _refit_level(self, level: int) -> None:
+        """Most likely strength of a level.
+
+        What is expected comes from ancestors without the segment's own rows: with them a large segment would
+        be its own prior, and segments would seem to differ less than they do.
+        """
         _, sums = self._table.by_key(level)
-        found = self._shrunk(level, sums, self._prior(level))
-        supported = (sums[SUMS.index("rows")] >= self.config.minimum_support) & (found.expected > 0.0)
+        ancestors = self._levels[level].ancestors
+        rest = np.maximum(self._ancestors(level) - sums[:, None], 0.0)
+        found = self._shrunk(level, sums, self._prior(level, self._shifts(rest)))
+        supported = (sums[_ROWS] >= self.config.minimum_support) & (found.expected > 0.0)
+        if ancestors:
+            # An only child cannot be told apart from its parent.
+            supported &= rest[_ROWS, ancestors[-1]] > 0.0
         if supported.any():
             counts = np.array([sums[0], found.expected])[:, supported] / found.dispersion[supported]
             self.strength[level] = prior_strength(*counts)
