@@ -189,7 +189,12 @@ def stream_speed(rows: Rows) -> None:
         corrected = time.process_time()
         counted = batches * size
         print(f"  {size:12,} {counted / (learned - began):14,.0f} {counted / (corrected - learned):15,.0f}")
-    for name, action in (("merge", lambda: segments.merge(segments)), ("refit", segments.refit)):
+    twin = SegmentCorrection.from_state(segments.state())
+    actions: dict[str, Callable[[], None]] = {
+        "merge and refit": lambda: segments.merge(twin),
+        "refit": segments.refit,
+    }
+    for name, action in actions.items():
         began = time.process_time()
         action()
         print(f"  {name} of {_CAMPAIGNS:,} campaigns: {1e3 * (time.process_time() - began):.0f} ms")
@@ -206,6 +211,9 @@ def main() -> None:
     given = parser.parse_args()
     use_one_thread()
     methods = dict(_METHODS)
+    # Loads what the first fit imports.
+    few = World(_BASES["clicks"], given.seed).draw(2_000, given.seed)
+    methods["advertiser, campaign"](few, few)
     if not given.without_mcgrad:
         methods["mcgrad"] = mcgrad
     for name, base in _BASES.items():
