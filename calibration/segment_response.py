@@ -81,17 +81,17 @@ class Shrunk(NamedTuple):
 
     Attributes
     ----------
-    expected : ndarray
+    due : ndarray
         What the ancestors leave to be expected, the ``E`` of the multiplier.
     dispersion : ndarray
-        ``φ``: variance of the count over ``expected``, by chance alone.
+        ``φ``: variance of the count over ``due``, by chance alone.
     multiplier : ndarray
-        ``m``, of ``expected``.
+        ``m``, of ``due``.
     shift : ndarray, logits
         What brings it about, beside the ancestors' shifts.
     """
 
-    expected: FloatArray
+    due: FloatArray
     dispersion: FloatArray
     multiplier: FloatArray
     shift: FloatArray

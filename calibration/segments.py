@@ -41,7 +41,7 @@ from calibration.base import checked_label, checked_logit, checked_probability, 
 from calibration.gamma_poisson import prior_strength
 from calibration.link import FloatArray, logit_of, sigmoid
 from calibration.segment_levels import segment_columns, segment_levels
-from calibration.segment_response import Shrunk, shrunk
+from calibration.segment_response import SegmentResponse, Shrunk, shrunk
 from calibration.segment_table import SUMS, UNITS, SegmentTable
 from calibration.sketch_layout import IntArray
 from calibration.state import expect_fields, finite, finite_list
@@ -169,7 +169,8 @@ class SegmentCorrection:
 
         ``key``, the sums of ``SUMS``; ``values`` of the level's columns; ``due``, what the ancestors leave to
         be expected (``expected`` without any), and ``prior_shift``, how far they move it; ``dispersion`` of
-        the count, ``multiplier`` of ``due`` and its ``shift`` (logits).
+        the count, ``multiplier`` of ``due``, its ``shift`` (logits) and ``gain``, the log loss that it saves
+        over all rows (nats).
         """
         if name not in self.config.names:
             raise ConfigError(f"no segment level {name!r}; expected one of {list(self.config.names)}.")
@@ -177,8 +178,9 @@ class SegmentCorrection:
         key, sums = self._table.by_key(level)
         prior = self._prior(level, self._shifts(self._ancestors(level)))
         found = self._shrunk(level, sums, prior)
-        numbers = dict(zip(SUMS, sums, strict=True)) | {"due": found.expected, "prior_shift": prior}
-        numbers |= {"dispersion": found.dispersion, "multiplier": found.multiplier, "shift": found.shift}
+        numbers = dict(zip(SUMS, sums, strict=True)) | {"prior_shift": prior}
+        gain = SegmentResponse.of(*sums[1:]).gain(sums[0], prior, found.shift)
+        numbers |= {**found._asdict(), "gain": gain}
         values = self._table.parts(level).T.tolist()
         return {
             "key": key.tolist(),
@@ -423,12 +425,12 @@ class SegmentCorrection:
         ancestors = self._levels[level].ancestors
         rest = np.maximum(self._ancestors(level) - sums[:, None], 0.0)
         found = self._shrunk(level, sums, self._prior(level, self._shifts(rest)))
-        supported = (sums[_ROWS] >= self.config.minimum_support) & (found.expected > 0.0)
+        supported = (sums[_ROWS] >= self.config.minimum_support) & (found.due > 0.0)
         if ancestors:
             # An only child cannot be told apart from its parent.
             supported &= rest[_ROWS, ancestors[-1]] > 0.0
         if supported.any():
-            counts = np.array([sums[0], found.expected])[:, supported] / found.dispersion[supported]
+            counts = np.array([sums[0], found.due])[:, supported] / found.dispersion[supported]
             self.strength[level] = prior_strength(*counts)
 
 

@@ -343,10 +343,10 @@ def _load_model(kind: ModelKind, files: Mapping[str, bytes], spec: FeatureSpec) 
 
 def _check_segments(where: Path, calibrator: CalibrationChain, manifest: Manifest) -> None:
     # Columns in another order would be corrected by other segments' factors, and nobody would notice.
-    if calibrator.segments is not None and calibrator.segments.config.names != manifest.segments:
+    if calibrator.segments is not None and calibrator.segments.config.columns != manifest.segments:
         raise StaleStateError(
             f"{where / CALIBRATOR}: expected the calibration segments {manifest.segments}. "
-            f"Received: {calibrator.segments.config.names}."
+            f"Received: {calibrator.segments.config.columns}."
         )
 
 
