@@ -67,8 +67,8 @@ def test_the_order_of_rows_plays_no_role_to_the_bit(count: int, seed: int, names
     assert other.state() == fit.state()
     one, two = SegmentCorrection(config), SegmentCorrection(config)
     weight = np.ones(count)
-    one.update(*part[:3], weight)
-    two.update(*shuffled[:3], weight)
+    one.update(part[0], part[1], part[2], weight)
+    two.update(shuffled[0], shuffled[1], shuffled[2], weight)
     assert two.state() == one.state()
 
 
