@@ -20,7 +20,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,11 +83,11 @@ class World:
         return Rows(keys, logit, truth, (rng.random(count) < sigmoid(truth)).astype(float))
 
 
-def ours(*names: str, **values: Any) -> Method:
+def ours(*names: str) -> Method:
     """A correction by the named levels of advertiser_id and campaign_id."""
 
     def fit_and_apply(train: Rows, judged: Rows) -> Floats:
-        config = SegmentConfig(names, **{"minimum_support": 0.0, **values})
+        config = SegmentConfig(names)
         places = [("advertiser_id", "campaign_id").index(column) for column in config.columns]
         fitted = SegmentCorrection.fit(config, train.keys[:, places], sigmoid(train.logit), train.label)
         return fitted.transform_logit(judged.logit, judged.keys[:, places])

@@ -66,7 +66,8 @@ class SegmentConfig:
     half_life : float, effective rows
         After so much Σ weight (over all segments) a row counts half.
     minimum_support : float, effective rows
-        A segment with less is not corrected.
+        A segment with less is not corrected. Shrinkage takes care of small ones: one that has been forgotten
+        needs no more than this.
     maximum_segments : int
         Per level; beyond it the least supported are dropped.
     prior_strength : float, expected positives
@@ -80,7 +81,7 @@ class SegmentConfig:
 
     names: tuple[str, ...]
     half_life: float = 2_000_000.0
-    minimum_support: float = 100.0
+    minimum_support: float = 1.0
     maximum_segments: int = 8192
     prior_strength: float = 50.0
 
