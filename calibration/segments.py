@@ -1,11 +1,11 @@
 """Level errors of single segments (a campaign, a site), corrected as far as their support allows.
 
-For each field and each of its values, over the rows seen: ``C`` observed positives, ``E = Σ p`` expected
+For each level and each of its segments, over the rows seen: ``C`` observed positives, ``E = Σ p`` expected
 ones, ``N`` rows, ``V = Σ p (1 - p)``, all weighted and slowly forgotten. The truth is taken to be ``m`` times
-the expectation with ``m`` drawn from a Gamma distribution of mean 1 and shape ``a``; given ``C`` (Poisson)
-its expectation is ::
+the expectation with ``m`` drawn from a Gamma distribution of mean 1 and shape ``a``; given ``C`` (Poisson,
+in units of ``φ = V / E``, which is 1 for rare positives) its expectation is ::
 
-    m = (C + a) / (E + a)
+    m = (C + φ a) / (E + φ a)
 
 so ``a`` is how many expected positives a segment must show before it is half believed. ``a`` itself is the
 value under which the counts of all segments are most likely (:meth:`SegmentCorrection.refit`).
@@ -15,17 +15,21 @@ The correction is a shift of log odds that moves the segment's mean probability 
     logit q = logit p + (logit(m e) - logit(e)) / k        k = V / (N e (1 - e))
 
 For rare positives this is ``logit p + ln m``. For conversions it is not: with ``e = 0.2`` and ``m = 1.5`` a
-shift by ``ln m`` would end at 0.27 instead of 0.3. ``k`` allows for unlike rows in one segment: a shift moves
-their mean less than each row's log odds (``k`` is the ratio of the two for a small shift, 1 for equal rows).
+shift by ``ln m`` would end at 0.27 instead of 0.3. ``k`` allows for unlike rows in one segment
+(:mod:`calibration.segment_response`).
 
-Fields act in turn: the second one expects what the first has already corrected.
+A level that lies within earlier ones (``advertiser_id*campaign_id`` within ``advertiser_id``, every level
+within ``all``) starts from them: its ``E`` is what they leave, worked out from its own four sums when it is
+read. So a new campaign has its advertiser's multiplier, and a campaign's prior is its advertiser. Its sums
+depend on its own rows only; nothing is learned twice while an ancestor is still finding its level.
+
+Levels of which none lies within the other act in turn: the later one counts as expected what the earlier has
+already corrected, as it was when the row came.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
@@ -34,60 +38,23 @@ import numpy.typing as npt
 from calibration.base import checked_label, checked_logit, checked_probability, checked_weight
 from calibration.gamma_poisson import prior_strength
 from calibration.link import FloatArray, logit_of, sigmoid
-from calibration.segment_table import SUMS, IntArray, SegmentTable
+from calibration.segment_config import SegmentConfig
+from calibration.segment_levels import segment_levels
+from calibration.segment_response import SegmentResponse, Shrunk, shrunk
+from calibration.segment_table import SUMS, UNITS, SegmentTable
+from calibration.sketch_layout import IntArray
 from calibration.state import expect_fields, finite, finite_list
 from pipelines.errors import ConfigError, DataError, StaleStateError
 
-__all__ = ["SegmentConfig", "SegmentCorrection"]
+__all__ = ["SEGMENTS_VERSION", "SegmentConfig", "SegmentCorrection"]
 
-_LARGEST_MEAN = 1.0 - 1e-12
-# Rows of one segment that are split between nearly 0 and nearly 1 would ask for shifts without bound.
-_SMALLEST_RESPONSE = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class SegmentConfig:
-    """Which segments, and how fast they are learned and forgotten.
-
-    Attributes
-    ----------
-    names : tuple of str
-        Names of the fields, in the order in which they act; one column of keys each.
-    half_life : float, effective rows
-        After so much Σ weight (over all segments) a row counts half.
-    minimum_support : float, effective rows
-        A segment with less is not corrected.
-    maximum_segments : int
-        Per field; beyond it the least supported are dropped.
-    prior_strength : float, expected positives
-        ``a`` until the first :meth:`SegmentCorrection.refit`.
-
-    Raises
-    ------
-    ConfigError
-        A value outside its range.
-    """
-
-    names: tuple[str, ...]
-    half_life: float = 2_000_000.0
-    minimum_support: float = 100.0
-    maximum_segments: int = 8192
-    prior_strength: float = 50.0
-
-    def __post_init__(self) -> None:
-        if not self.names or len(set(self.names)) != len(self.names):
-            raise ConfigError(f"segments need one or more distinct field names; got {list(self.names)}.")
-        for name in ("half_life", "prior_strength"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0.0):
-                raise ConfigError(f"segments: {name} must be finite and above 0; got {getattr(self, name)}.")
-        if not (math.isfinite(self.minimum_support) and self.minimum_support >= 0.0):
-            raise ConfigError(f"segments: minimum_support must be >= 0; got {self.minimum_support}.")
-        if self.maximum_segments < 8:
-            raise ConfigError(f"segments: maximum_segments must be at least 8; got {self.maximum_segments}.")
+SEGMENTS_VERSION = 2
+_ROWS = SUMS.index("rows")
+_ROW_UNIT = float(UNITS[_ROWS, 0])
 
 
 class SegmentCorrection:
-    """Gamma-Poisson shrunk level corrections for the values of several fields.
+    """Gamma-Poisson shrunk level corrections for the segments of several levels.
 
     Parameters
     ----------
@@ -95,7 +62,7 @@ class SegmentCorrection:
 
     Attributes
     ----------
-    strength : list of float, one a field
+    strength : list of float, one a level
         ``a``: expected positives at which a segment is half believed.
 
     References
@@ -105,22 +72,30 @@ class SegmentCorrection:
 
     Examples
     --------
-    Segment 7 clicks twice as often as the model says, segment 8 has hardly been seen:
+    Advertiser 1 clicks twice as often as the model says. Of its campaigns 7 is known and 9 is new:
 
     >>> rng = np.random.default_rng(0)
-    >>> segments = SegmentCorrection(SegmentConfig(("campaign_id",)))
-    >>> key = np.where(rng.random(20_000) < 0.99, 7, 8)
-    >>> model = np.full(20_000, 0.05)
-    >>> segments.update(key[:, None], model, rng.random(20_000) < 2.0 * model)
-    >>> sigmoid(segments.transform_logit(logit_of([0.05, 0.05]), [[7], [8]])).round(2).tolist()
-    [0.1, 0.06]
+    >>> levels = SegmentConfig(("advertiser_id", "advertiser_id*campaign_id"))
+    >>> segments = SegmentCorrection(levels)
+    >>> keys, model = np.array([[1, 7]] * 20_000), np.full(20_000, 0.05)
+    >>> segments.update(keys, model, rng.random(20_000) < 2.0 * model)
+    >>> sigmoid(segments.transform_logit(logit_of([0.05] * 3), [[1, 7], [1, 9], [2, 8]])).round(2).tolist()
+    [0.1, 0.1, 0.05]
     """
 
     def __init__(self, config: SegmentConfig) -> None:
         self.config = config
         self.strength = [config.prior_strength] * len(config.names)
-        self.effective_rows = 0.0
-        self._table = SegmentTable(len(config.names), config.maximum_segments)
+        self._levels = segment_levels(config.names)
+        self._table = SegmentTable([len(level.columns) for level in self._levels], config.maximum_segments)
+        self._row_units = 0
+        # Whether a level needs to know what others than its ancestors have corrected.
+        self._in_turn = any(level.before for level in self._levels)
+
+    @property
+    def effective_rows(self) -> float:
+        """Σ weight of all rows ever counted."""
+        return self._row_units * _ROW_UNIT
 
     # -- applying ---------------------------------------------------------------------------------------
 
@@ -130,27 +105,41 @@ class SegmentCorrection:
         Parameters
         ----------
         logit : array_like, shape (n,), logit space
-        keys : array_like of int64, shape (n, fields)
-            Hashed segment values, columns as in ``config.names``.
+        keys : array_like of int64, shape (n, columns)
+            Hashed values, columns as in ``config.columns``.
 
         Returns
         -------
         ndarray, shape (n,), logit space
         """
         z = checked_logit(logit)
-        slots = self._table.find(self._columns(keys, len(z)))
-        corrected: FloatArray = z + self._shifts(slots).sum(axis=0)
+        slots = self._find(self._columns(keys, len(z)))
+        corrected: FloatArray = z + self._shifts(self._table.read(slots)).sum(axis=0)
         return corrected
 
-    def segments(self, name: str) -> dict[str, list[float] | list[int]]:
-        """One field: lists ``key``, the sums of ``SUMS``, ``multiplier``, ``shift`` (logits), by key."""
+    def segments(self, name: str) -> dict[str, list[Any]]:
+        """One level, lists by increasing key.
+
+        ``key``, the sums of ``SUMS``; ``values`` of the level's columns; ``due``, what the ancestors leave to
+        be expected (``expected`` without any), and ``prior_shift``, how far they move it; ``dispersion`` of
+        the count, ``multiplier`` of ``due``, its ``shift`` (logits) and ``gain``, the log loss that it saves
+        over all rows (nats).
+        """
         if name not in self.config.names:
-            raise ConfigError(f"no segment field {name!r}; expected one of {list(self.config.names)}.")
-        field = self.config.names.index(name)
-        key, sums = self._table.by_key(field)
-        multiplier, shift = self._shrunk(sums, np.array(self.strength[field]))
-        values = dict(zip(SUMS, sums, strict=True)) | {"multiplier": multiplier, "shift": shift}
-        return {"key": key.tolist(), **{column: array.tolist() for column, array in values.items()}}
+            raise ConfigError(f"no segment level {name!r}; expected one of {list(self.config.names)}.")
+        level = self.config.names.index(name)
+        key, sums = self._table.by_key(level)
+        prior = self._prior(level, self._shifts(self._ancestors(level)))
+        found = self._shrunk(level, sums, prior)
+        numbers = dict(zip(SUMS, sums, strict=True)) | {"prior_shift": prior}
+        gain = SegmentResponse.of(*sums[1:]).gain(sums[0], prior, found.shift)
+        numbers |= {**found._asdict(), "gain": gain}
+        values = self._table.parts(level).T.tolist()
+        return {
+            "key": key.tolist(),
+            "values": values,
+            **{column: array.tolist() for column, array in numbers.items()},
+        }
 
     # -- learning ---------------------------------------------------------------------------------------
 
@@ -165,31 +154,28 @@ class SegmentCorrection:
 
         Parameters
         ----------
-        keys : array_like of int64, shape (n, fields)
+        keys : array_like of int64, shape (n, columns)
         probability : array_like, shape (n,), probability space
             Calibrated so far, *before* any segment correction.
         label : array_like, shape (n,), in [0, 1]
-        weight : array_like, shape (n,), > 0, optional
+        weight : array_like, shape (n,), >= 0, optional
 
         Raises
         ------
         DataError
-            Bad values; nothing is counted then.
+            Bad values, or more weight than a segment holds; nothing is counted then.
         """
-        p = checked_probability(probability)
-        y, w = checked_label(label, len(p)), checked_weight(weight, len(p))
-        columns = self._columns(keys, len(p))
+        columns, p, y, w = self._checked(keys, probability, label, weight)
+        total = float(w.sum())
         if not len(p):
             return
-        slots = self._table.insert(columns)
-        # What each field finds expected: its predecessors' corrections, none of its own.
-        shifts = self._shifts(slots)
-        expected = sigmoid(logit_of(p) + np.cumsum(shifts, axis=0) - shifts)
-        total = float(w.sum())
-        self.effective_rows += total
+        self._table.check_room(total)
+        slots = self._insert(columns)
+        shifts = self._shifts(self._table.read(slots)) if self._in_turn else np.zeros(slots.shape)
+        self._count(w)
         self._table.advance(total / self.config.half_life)
-        count = len(self.config.names)
-        self._add(slots.ravel(), np.tile(w, count), np.tile(y, count), expected.ravel())
+        for level in range(len(self._levels)):
+            self._add(slots[level], w, y, self._expected(level, p, shifts))
         self._table.evict()
 
     @classmethod
@@ -203,32 +189,59 @@ class SegmentCorrection:
     ) -> Self:
         """Fit to rows at hand, all of one age; arguments as in :meth:`update`.
 
-        Field by field, so that the second sees what the finished first has corrected, with each field's
-        strength refitted on the way.
+        Level by level, so that each sees what the finished earlier ones have corrected, with each level's
+        strength refitted on the way. The order of the rows plays no role, to the bit.
         """
         segments = cls(config)
-        p = checked_probability(probability)
-        y, w = checked_label(label, len(p)), checked_weight(weight, len(p))
-        columns = segments._columns(keys, len(p))
-        slots = segments._table.insert(columns)
-        logit = logit_of(p)
-        for field in range(len(config.names)):
-            expected = sigmoid(logit)
-            segments._add(slots[field], w, y, expected)
-            segments._refit_field(field)
-            logit = logit + segments._shifts(slots)[field]
-        segments.effective_rows = float(w.sum())
+        columns, p, y, w = segments._checked(keys, probability, label, weight)
+        segments._table.check_room(float(w.sum()))
+        slots = segments._insert(columns)
+        shifts = np.zeros(slots.shape)
+        for level in range(len(segments._levels)):
+            segments._add(slots[level], w, y, segments._expected(level, p, shifts))
+            segments._refit_level(level)
+            if segments._in_turn:
+                shifts[level] = segments._shift(level, segments._table.read(slots[level]), shifts)
+        segments._count(w)
         segments._table.evict()
         return segments
 
     def refit(self) -> None:
-        """Set each field's ``strength`` to the value under which its counts are most likely.
+        """Set each level's ``strength`` to the value under which its counts are most likely.
 
-        A field without supported segments keeps its strength. Deterministic; tens of milliseconds for a full
+        A level without supported segments keeps its strength. Deterministic; tens of milliseconds for a full
         table, so once a release, not once a batch.
         """
-        for field in range(len(self.config.names)):
-            self._refit_field(field)
+        for level in range(len(self._levels)):
+            self._refit_level(level)
+
+    def decay(self, factor: float) -> None:
+        """Forget at once: every row counted so far counts ``factor`` of what it did; ``factor`` in [0, 1]."""
+        if not 0.0 <= factor <= 1.0:
+            raise DataError(f"decay factor must be in [0, 1]; got {factor}.")
+        self._table.decay(factor)
+
+    def merge(self, other: SegmentCorrection) -> None:
+        """Add another one's rows, as of now, and refit.
+
+        Sums are whole numbers and strengths a function of them, so neither order nor grouping of merges
+        matters, to the bit. Where no level has others beside its ancestors before it, the fits of two logs
+        merge to the fit of both; otherwise later levels keep what each log's own earlier ones left. All
+        segments are kept; the next update drops those above ``maximum_segments``.
+
+        Raises
+        ------
+        ConfigError
+            The other has another configuration.
+        DataError
+            More weight than a segment holds; nothing is merged then.
+        """
+        if self.config != other.config:
+            raise ConfigError(f"cannot merge segments of {other.config} into those of {self.config}.")
+        self._table.merge(other._table)
+        self._row_units += other._row_units
+        self.strength = [self.config.prior_strength] * len(self._levels)
+        self.refit()
 
     # -- state ------------------------------------------------------------------------------------------
 
@@ -237,20 +250,21 @@ class SegmentCorrection:
         numbers = {name: float(getattr(self.config, name)) for name in _CONFIG_NUMBERS}
         return {
             "kind": "segments",
+            "version": SEGMENTS_VERSION,
             "config": {
                 "names": list(self.config.names),
                 "maximum_segments": int(self.config.maximum_segments),
                 **numbers,
             },
             "strength": [float(strength) for strength in self.strength],
-            "effective_rows": self.effective_rows,
+            "row_units": self._row_units,
             "table": self._table.state(),
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Self:
         """The correction that :meth:`state` described; ``StaleStateError`` if it is none."""
-        expect_fields(state, "segments", ("config", "strength", "effective_rows", "table"))
+        expect_fields(state, "segments", ("config", "strength", "row_units", "table"), SEGMENTS_VERSION)
         config = {"kind": "segment_config", **state["config"]}
         expect_fields(config, "segment_config", ("names", "maximum_segments", *_CONFIG_NUMBERS))
         numbers = {name: finite(config, name) for name in _CONFIG_NUMBERS}
@@ -260,50 +274,117 @@ class SegmentCorrection:
         segments.strength = finite_list(state["strength"], "strength")
         if len(segments.strength) != count:
             raise StaleStateError(f"expected {count} segment strengths; got {len(segments.strength)}.")
-        segments.effective_rows = finite(state, "effective_rows")
-        segments._table = SegmentTable.from_state(state["table"], count, largest)
+        if not isinstance(state["row_units"], int) or state["row_units"] < 0:
+            raise StaleStateError(f"expected segment row_units >= 0; got {state['row_units']!r}.")
+        segments._row_units = state["row_units"]
+        segments._table = SegmentTable.from_state(state["table"], segments._table.widths, largest)
         return segments
 
     # -- internals --------------------------------------------------------------------------------------
 
-    def _add(self, slots: IntArray, weight: FloatArray, label: FloatArray, expected: FloatArray) -> None:
-        expected_clicks = weight * expected
-        self._table.add(slots, (weight * label, expected_clicks, weight, expected_clicks * (1.0 - expected)))
-
-    def _refit_field(self, field: int) -> None:
-        _, (positives, expected, rows, _) = self._table.by_key(field)
-        supported = (rows >= self.config.minimum_support) & (expected > 0.0)
-        if supported.any():
-            self.strength[field] = prior_strength(positives[supported], expected[supported])
+    def _checked(
+        self,
+        keys: npt.ArrayLike,
+        probability: npt.ArrayLike,
+        label: npt.ArrayLike,
+        weight: npt.ArrayLike | None,
+    ) -> tuple[IntArray, FloatArray, FloatArray, FloatArray]:
+        """Keys by column, probability, label and weight of the rows that count: those of weight 0 do not."""
+        p = checked_probability(probability)
+        y, w = checked_label(label, len(p)), checked_weight(weight, len(p))
+        columns = self._columns(keys, len(p))
+        if len(w) and w.min() == 0.0:
+            counts = w > 0.0
+            return columns[:, counts], p[counts], y[counts], w[counts]
+        return columns, p, y, w
 
     def _columns(self, keys: npt.ArrayLike, rows: int) -> IntArray:
-        """Keys by field, shape (fields, n)."""
-        array = np.asarray(keys)
+        """Keys by column, shape (columns, n)."""
+        array, names = np.asarray(keys), self.config.columns
         if array.size == 0 and rows == 0:
-            return np.zeros((len(self.config.names), 0), dtype=np.int64)
-        if array.dtype.kind not in "iu" or array.shape != (rows, len(self.config.names)):
+            return np.zeros((len(names), 0), dtype=np.int64)
+        # An empty list of columns has no integers to show.
+        if array.shape != (rows, len(names)) or (array.size and array.dtype.kind not in "iu"):
             raise DataError(
-                f"segment keys must be integers of shape ({rows}, {len(self.config.names)}); "
+                f"segment keys must be integers of shape ({rows}, {len(names)}); "
                 f"got {array.dtype} of shape {array.shape}.",
-                hint=f"one column for each of {list(self.config.names)}",
+                hint=f"one column for each of {list(names)}",
             )
         return np.ascontiguousarray(array.T, dtype=np.int64)
 
-    def _shifts(self, slots: IntArray) -> FloatArray:
-        """Log-odds shift of each field for each row, shape (fields, n); 0 where the segment is unknown."""
-        return self._shrunk(self._table.read(slots), np.array(self.strength)[:, None])[1]
+    def _find(self, columns: IntArray) -> IntArray:
+        """Slots, shape (levels, n)."""
+        parts = [columns[list(level.columns)] for level in self._levels]
+        found = zip(self._levels, parts, strict=True)
+        return np.array([self._table.find(i, level.keys(part)) for i, (level, part) in enumerate(found)])
 
-    def _shrunk(self, sums: FloatArray, strength: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Multiplier and log-odds shift for the four sums along the first axis."""
-        c, e, n, v = sums
-        supported = (n >= self.config.minimum_support) & (n > 0.0)
-        multiplier = np.where(supported, (c + strength) / (e + strength), 1.0)
-        # Both below 1 in exact arithmetic; rounding must not say otherwise.
-        mean = np.minimum(e / np.where(n > 0.0, n, 1.0), _LARGEST_MEAN)
-        corrected = np.minimum(multiplier * mean, _LARGEST_MEAN)
-        variance = n * mean * (1.0 - mean)
-        response = np.clip(v / np.where(variance > 0.0, variance, 1.0), _SMALLEST_RESPONSE, 1.0)
-        return multiplier, (np.log(multiplier) + np.log1p(-mean) - np.log1p(-corrected)) / response
+    def _insert(self, columns: IntArray) -> IntArray:
+        """Slots, shape (levels, n), of segments that are there from now on."""
+        parts = [columns[list(level.columns)] for level in self._levels]
+        found = zip(self._levels, parts, strict=True)
+        return np.array([self._table.insert(i, level.keys(p), p) for i, (level, p) in enumerate(found)])
+
+    def _count(self, weight: FloatArray) -> None:
+        self._row_units += int(np.rint(weight / _ROW_UNIT).astype(np.int64).sum())
+
+    def _expected(self, level: int, probability: FloatArray, shifts: FloatArray) -> FloatArray:
+        """What a level counts as expected: corrected by the levels before it, its ancestors left out."""
+        before = list(self._levels[level].before)
+        return sigmoid(logit_of(probability) + shifts[before].sum(axis=0)) if before else probability
+
+    def _add(self, slots: IntArray, weight: FloatArray, label: FloatArray, expected: FloatArray) -> None:
+        due = weight * expected
+        self._table.add(slots, np.array([weight * label, due, weight, due * (1.0 - expected)]))
+
+    def _shifts(self, sums: FloatArray) -> FloatArray:
+        """Log-odds shift of each level, shape (levels, n), from sums of shape (4, levels, n).
+
+        Where a segment is unknown its sums are 0, and so is its shift.
+        """
+        shifts = np.zeros(sums.shape[1:])
+        for level in range(len(self._levels)):
+            shifts[level] = self._shift(level, sums[:, level], shifts)
+        return shifts
+
+    def _shift(self, level: int, sums: FloatArray, shifts: FloatArray) -> FloatArray:
+        """Shift of one level, given those of the levels before it."""
+        return self._shrunk(level, sums, self._prior(level, shifts)).shift
+
+    def _prior(self, level: int, shifts: FloatArray) -> FloatArray:
+        prior: FloatArray = shifts[list(self._levels[level].ancestors)].sum(axis=0)
+        return prior
+
+    def _shrunk(self, level: int, sums: FloatArray, prior: FloatArray) -> Shrunk:
+        has_prior = bool(self._levels[level].ancestors)
+        return shrunk(sums, self.strength[level], self.config.minimum_support, prior if has_prior else None)
+
+    def _ancestors(self, level: int) -> FloatArray:
+        """Sums of the ancestors of each segment of a level, by key, shape (4, levels, segments); else 0."""
+        own, parts = self._levels[level], self._table.parts(level)
+        slots = np.full((len(self._levels), parts.shape[1]), -1, dtype=np.int64)
+        for ancestor in own.ancestors:
+            above = self._levels[ancestor]
+            values = parts[[own.columns.index(column) for column in above.columns]]
+            slots[ancestor] = self._table.find(ancestor, above.keys(values))
+        return self._table.read(slots)
+
+    def _refit_level(self, level: int) -> None:
+        """Most likely strength of a level.
+
+        What is expected comes from ancestors without the segment's own rows: with them a large segment would
+        be its own prior, and segments would seem to differ less than they do.
+        """
+        _, sums = self._table.by_key(level)
+        ancestors = self._levels[level].ancestors
+        rest = np.maximum(self._ancestors(level) - sums[:, None], 0.0)
+        found = self._shrunk(level, sums, self._prior(level, self._shifts(rest)))
+        supported = (sums[_ROWS] >= self.config.minimum_support) & (found.due > 0.0)
+        if ancestors:
+            # An only child cannot be told apart from its parent.
+            supported &= rest[_ROWS, ancestors[-1]] > 0.0
+        if supported.any():
+            counts = np.array([sums[0], found.due])[:, supported] / found.dispersion[supported]
+            self.strength[level] = prior_strength(*counts)
 
 
 _CONFIG_NUMBERS = ("half_life", "minimum_support", "prior_strength")

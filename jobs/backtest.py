@@ -165,12 +165,15 @@ def feature_spec(config: Config, files: EventFiles, before: int) -> FeatureSpec:
 
 
 def usable_segments(config: Config, files: EventFiles) -> tuple[str, ...]:
-    """The calibration segments that the log has a column for."""
-    columns = files.impressions.column_names
-    for name in config.calibration.segments:
-        if name not in columns:
+    """The columns of those calibration segments that the log has columns for."""
+    from calibration.segment_levels import levels_over, segment_columns
+
+    names = config.calibration.segments
+    usable = levels_over(names, files.impressions.column_names)
+    for name in names:
+        if name not in usable:
             log.info("calibration segment left out name=%s reason='the log has no such column'", name)
-    return tuple(name for name in config.calibration.segments if name in columns)
+    return segment_columns(usable)
 
 
 def accounting_report(loop: OnlineLoop) -> dict[str, Any]:

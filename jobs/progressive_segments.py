@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from monitoring.inputs import clipped
 
-__all__ = ["MAXIMUM", "SegmentQuality", "SegmentRow"]
+__all__ = ["MAXIMUM", "SegmentQuality", "SegmentRow", "key_text"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -142,7 +142,7 @@ class SegmentQuality:
         """Every value that is kept, by task, field and key."""
         for (task, name), table in sorted(self._tables.items()):
             for key, sums in zip(table.key.tolist(), table.sums.T, strict=True):
-                yield _row(task, name, _text(key), sums)
+                yield _row(task, name, key_text(key), sums)
 
     def state(self) -> Arrays:
         """Arrays by ``task/field/``, copied."""
@@ -166,10 +166,11 @@ def _worst_of(place: tuple[str, str], table: _Table, limit: int) -> Iterator[Seg
     sums = table.sums[:, enough]
     z = np.abs(sums[_POSITIVES] - sums[_EXPECTED]) / np.sqrt(sums[_VARIANCE])
     for one in np.lexsort((table.key[enough], -z))[:limit].tolist():
-        yield _row(*place, _text(int(table.key[enough[one]])), sums[:, one])
+        yield _row(*place, key_text(int(table.key[enough[one]])), sums[:, one])
 
 
-def _text(key: int) -> str:
+def key_text(key: int) -> str:
+    """A hash as 16 hexadecimal digits."""
     return f"{key & (1 << 64) - 1:016x}"
 
 

@@ -355,10 +355,10 @@ def _check_calibrator(where: Path, calibrator: CalibrationChain, manifest: Manif
             hint="serve the release with the version that wrote it: " + manifest.code_version,
         )
     # Columns in another order would be corrected by other segments' factors, and nobody would notice.
-    if calibrator.segments is not None and calibrator.segments.config.names != manifest.segments:
+    if calibrator.segments is not None and calibrator.segments.config.columns != manifest.segments:
         raise StaleStateError(
             f"{where / CALIBRATOR}: expected the calibration segments {manifest.segments}. "
-            f"Received: {calibrator.segments.config.names}."
+            f"Received: {calibrator.segments.config.columns}."
         )
 
 

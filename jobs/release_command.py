@@ -116,6 +116,44 @@ def show(root: Path, name: str) -> None:
 
 @command.command()
 @releases_option
+@click.option("--limit", type=click.IntRange(min=1), default=20, show_default=True, help="Rows printed.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    default=0.05,
+    show_default=True,
+    help="Share of the segments called off that may be called so by chance.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, of all segments, instead of a table.")
+@click.argument("name")
+def segments(root: Path, name: str, limit: int, rate: float, as_json: bool) -> None:
+    """The segments that the models of release NAME are most certainly wrong about, before their correction.
+
+    EXPECTED is what the model and all levels above expect, MULTIPLIER the correction with its 95 % bounds,
+    LOST what leaving the segment alone would cost (nats over all rows). OFF are those of which at most the
+    share --rate is called off by chance. A key is the hash of a value, of crossed columns several.
+    """
+    from jobs.release_segments import release_segments
+
+    found = release_segments(root / _resolve(root, name), rate)
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo(
+        f"{'TASK':<12} {'LEVEL':<26} {'KEY':<33} {'ROWS':>11} {'POSITIVES':>10} {'EXPECTED':>10} "
+        f"{'MULTIPLIER':>21} {'LOST':>9} {'Q':>8}"
+    )
+    for one in found[:limit]:
+        bounds = f"{one['multiplier']:.3f} ({one['lower']:.3f}-{one['upper']:.3f})"
+        click.echo(
+            f"{one['task']:<12} {one['level']:<26} {one['key']:<33} {one['rows']:>11,.0f} "
+            f"{one['positives']:>10,.1f} {one['expected']:>10,.1f} {bounds:>21} "
+            f"{one['lost_log_loss']:>9.2f} {one['q_value']:>8.1e}{' OFF' if one['is_off'] else ''}"
+        )
+
+
+@command.command()
+@releases_option
 @click.option(
     "--alias",
     type=click.Choice(["CURRENT", "last_good", "teacher"]),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibration.segment_levels import segment_columns
 from jobs.snapshot_base import Base, open_base
 from jobs.snapshot_changes import write_changes
 from jobs.snapshot_delays import DelaySources, fitted_delays
@@ -234,7 +235,7 @@ def _make(
         feature_spec_digest=used.digest(),
         feature_spec_inferred=spec is None if former is None else former.manifest.feature_spec_inferred,
         sample_columns={field.name: str(field.type) for field in SAMPLE_SCHEMA},
-        segments=job.config.calibration.segments,
+        segments=segment_columns(job.config.calibration.segments),
         config=job.config.model_dump(mode="json", exclude_none=True),
         settings_digest=hashlib.sha256(canonical(settings)).hexdigest(),
         lake_version="",
@@ -309,7 +310,7 @@ def _encoding(job: _Job, spec: FeatureSpec, delays: dict[Any, DelayModel]) -> Sa
     return SampleEncoding(
         job.window.as_of,
         spec,
-        job.config.calibration.segments,
+        segment_columns(job.config.calibration.segments),
         {
             task: TaskWindow(rule.width(task), rule.allowed_lateness, delays[task])
             for task in job.window.tasks

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.chain import CalibrationChain
+from calibration.segment_levels import levels_over, segment_columns
 from jobs.first_calibration import fit_first_calibrator
 from jobs.held_out import figures, progressive_logit
 from jobs.training_split import TaskRows, TaskSplit, split_task
@@ -91,7 +92,7 @@ def train_models(
     now_split : int, optional
         Event time (ms) from which rows are held out.
     segments : tuple of str, optional
-        Names of the columns of ``segment_key``; ``config.calibration.segments`` without it.
+        Names of the columns of ``segment_key``; those of ``config.calibration.segments`` without it.
 
     Returns
     -------
@@ -137,7 +138,7 @@ def _train_task(
     frozen_logit = student.predict_logit(held_out.buckets, held_out.numbers, held_out.ids)
     logit = progressive_logit(student, held_out, delay)
     student_calibrator = fit_first_calibrator(
-        logit, held_out, method, online=config.calibration.online, segments=segments
+        logit, held_out, method, online=config.calibration.online, segments=_levels(segments, config)
     )
     report["student"] = _summary(logit, held_out, base_rate, student_calibrator) | {"epochs": epochs}
     report["student_frozen"] = figures(frozen_logit, held_out, base_rate) if len(held_out) else {}
@@ -187,7 +188,7 @@ def _label_delay(task: Task, span: int, config: Config) -> int:
 
 def _segment_names(rows: TaskRows, config: Config, segments: tuple[str, ...] | None) -> tuple[str, ...]:
     columns = rows.segments if isinstance(rows, StreamedRows) else rows.segment_key.shape[1]
-    names = config.calibration.segments if segments is None else segments
+    names = segment_columns(config.calibration.segments) if segments is None else segments
     if segments is None and columns == 0:
         # The log has none of the configured columns.
         return ()
@@ -198,3 +199,9 @@ def _segment_names(rows: TaskRows, config: Config, segments: tuple[str, ...] | N
             hint="name the segments that the training set was made with",
         )
     return names
+
+
+def _levels(columns: tuple[str, ...], config: Config) -> tuple[str, ...]:
+    """The configured levels over these columns; of rows that were made with others, a level a column."""
+    levels = levels_over(config.calibration.segments, columns)
+    return levels if segment_columns(levels) == columns else columns

@@ -234,6 +234,25 @@ def test_segments_are_named_by_the_configuration_or_the_caller() -> None:
         train_models({"click": rows}, SPEC, CONFIG, segments=("a", "b"))
 
 
+def test_levels_of_segments_are_the_configured_ones_over_the_columns_of_the_keys() -> None:
+    rows = world(3_000, 1, segments=2)[0]
+    levels = ("all", "advertiser_id", "advertiser_id*campaign_id")
+    config = CONFIG.model_copy(
+        update={"calibration": CONFIG.calibration.model_copy(update={"segments": levels})}
+    )
+
+    def names(given: tuple[str, ...] | None) -> tuple[str, ...]:
+        one = train_models({"click": rows}, SPEC, config, segments=given).models["click"]
+        assert one.student_calibrator.segments is not None
+        # What the rows are corrected by has a column for each of the keys.
+        assert one.student_calibrator.transform(np.zeros(3_000), rows.segment_key).shape == (3_000,)
+        return one.student_calibrator.segments.config.names
+
+    assert names(None) == names(("advertiser_id", "campaign_id")) == levels
+    # Rows that were made with other columns: a level for each.
+    assert names(("site", "campaign_id")) == ("site", "campaign_id")
+
+
 def test_online_calibration_is_a_switch() -> None:
     rows = world(3_000, 1)[0]
     off = load_config(None, ["calibration.online=false", "calibration.method=platt"])
