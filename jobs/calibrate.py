@@ -163,6 +163,7 @@ def _record(found: Calibration) -> dict[str, Any]:
             "figures": one.figures,
             "paired": asdict(one.loss),
             "days": [asdict(day) for day in one.days],
+            "segments": {stage: [asdict(worst) for worst in found] for stage, found in one.segments.items()},
             "better": one.is_better,
             "why": one.why,
             "calibrator": one.chain.digest(),
@@ -272,11 +273,18 @@ def command(
     All methods are compared by cross-validation; the one taken is judged on the last part of the window
     against the release's own calibration. The weights stay as they are. A summary goes to stdout.
     """
+    from calibration.segment_levels import levels_over, segment_columns
     from jobs.calibration_task import CalibrationRule
     from jobs.release import Release
 
-    rule = CalibrationRule(config.calibration.method, open_labels=labels == "delay_model", **settings)
     release = Release.load(release_path)
+    levels = levels_over(config.calibration.segments, release.segments)
+    rule = CalibrationRule(
+        config.calibration.method,
+        open_labels=labels == "delay_model",
+        segments=levels if segment_columns(levels) == release.segments else (),
+        **settings,
+    )
     with spark_for("calibrate", master, spark_conf) as spark:
         found = calibrate(
             spark, release, snapshot, as_of, rule, window=window, tasks=tasks, register=register

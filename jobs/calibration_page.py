@@ -11,6 +11,7 @@ from jobs.calibration_methods import MethodFigures
 from jobs.calibration_paired import DayLevel
 from jobs.calibration_plots import STAGE_NAMES, calibration_figures_of
 from jobs.calibration_task import STAGES, TaskCalibration
+from jobs.progressive_segments import key_text
 from jobs.report_blocks import (
     DASH,
     Block,
@@ -35,6 +36,7 @@ __all__ = ["render"]
 
 _TESTS = {"pcoc_z": "level", "cox_score": "level and slope", "kuiper": "shape", "spiegelhalter_z": "spread"}
 _SOURCE = "Figures come from calibration.json and sketches.parquet beside this page."
+_WORST = 15
 _Z95 = 1.959963984540054
 
 
@@ -137,6 +139,8 @@ def _task_section(task: Task, one: TaskCalibration) -> Section:
         _methods_table(one),
         _days_table(one.days),
     ]
+    if one.segments:
+        blocks.append(_segments_table(one))
     lead = (
         f"Judged on {count(round(one.figures['after']['rows']))} rows (weighted) from {moment(one.cut)} on."
     )
@@ -170,14 +174,8 @@ def _stages_table(one: TaskCalibration) -> TableBlock:
             decimal(found["smooth_ece_null"], 5),
         ]
         strong = stage == "after"
-        tests = _tests(found)
-        rows.append(
-            (
-                Cell(STAGE_NAMES[stage], strong=strong),
-                *(Cell(value, strong=strong) for value in values),
-                tests,
-            )
-        )
+        cells = (Cell(value, strong=strong) for value in values)
+        rows.append((Cell(STAGE_NAMES[stage], strong=strong), *cells))
     return TableBlock(
         "Before and after",
         (Column("Probabilities"), *(Column(title, is_number=True) for title in columns)),
@@ -208,9 +206,9 @@ def _tests_table(one: TaskCalibration) -> TableBlock:
         (Column("Probabilities"), *(Column(f"{words} ({name})") for name, words in _TESTS.items())),
         tuple(rows),
         note=(
-            f"How likely a calibrated model shows so much; red where a test rejects at {LEVEL:g} for all four "
-            f"together. Null distributions: {nulls}. With many rows some test rejects every model: see also "
-            "how large the error is."
+            f"How likely a calibrated model shows so much; red where a test rejects at {LEVEL:g} for all "
+            f"four together. Null distributions: {nulls}. With many rows some test rejects every model: see "
+            "also how large the error is."
         ),
     )
 
@@ -285,6 +283,48 @@ def _days_table(days: list[DayLevel]) -> TableBlock:
         note=(
             "Predicted over observed positives of windows that opened on a day (UTC): the model's own "
             "logits, the release's calibration, the new one. The noise alone moves it by the last column."
+        ),
+    )
+
+
+def _segments_table(one: TaskCalibration) -> TableBlock:
+    """The segments that the release's calibration is most certainly wrong about, before and after."""
+    after = {(found.level, found.key): found for found in one.segments["after"]}
+    rows = []
+    for found in one.segments["before"][:_WORST]:
+        now = after.get((found.level, found.key))
+        rows.append(
+            (
+                Cell(f"{found.level} {key_text(found.key)}", is_code=True),
+                Cell(count(round(found.rows))),
+                Cell(count(round(found.positives))),
+                Cell(decimal(found.pcoc, 3)),
+                Cell(f"{found.lower:.2f} to {found.upper:.2f}"),
+                Cell(scientific(found.q_value), tone="bad" if found.is_off else "good"),
+                Cell(DASH if now is None else decimal(now.pcoc, 3)),
+                Cell(DASH)
+                if now is None
+                else Cell(scientific(now.q_value), tone="bad" if now.is_off else "good"),
+            )
+        )
+    off = {stage: sum(found.is_off for found in one.segments[stage]) for stage in STAGES}
+    titles = (
+        "Rows",
+        "Positives",
+        "PCOC before",
+        "true multiplier, 95 %",
+        "q before",
+        "PCOC after",
+        "q after",
+    )
+    return TableBlock(
+        f"Segments ({count(len(one.segments['after']))})",
+        (Column("Segment"), *(Column(title, is_number=True) for title in titles)),
+        tuple(rows),
+        note=(
+            f"The {len(rows)} segments with most evidence against the release's calibration. Called off, of "
+            f"which 5 % may be so by chance: {off['raw']} by the model's own logits, {off['before']} before, "
+            f"{off['after']} after. The multiplier is what expected positives would have to be multiplied by."
         ),
     )
 

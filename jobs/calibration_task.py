@@ -7,10 +7,13 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from calibration.chain import CalibrationChain
+from calibration.online import OnlinePlatt, information_centre
+from calibration.segments import SegmentConfig
+from calibration.selection import fit_method
 from calibration.sketch import LogitSketch
 from calibration.sketch_book import SketchBook, SketchKey
 from jobs.calibration_figures import calibration_figures
-from jobs.calibration_folds import MATURITY, fold_sketches_of, segment_sketches
+from jobs.calibration_folds import MATURITY, Folds, fold_sketches_of, segment_sketches
 from jobs.calibration_methods import Methods, compare_methods
 from jobs.calibration_paired import DayLevel, PairedLoss, day_levels, paired_loss
 from jobs.chain_spark import calibrated
@@ -18,6 +21,9 @@ from jobs.held_out import too_few
 from jobs.held_out_rows import HeldOutRows
 from jobs.open_labels_spark import seen_logit, with_soft_labels
 from jobs.release import Release
+from jobs.release_segments import segment_counts
+from jobs.segment_fit_spark import fit_segments
+from monitoring.segment_report import SegmentFinding, worst_segments
 from pipelines.config import Task
 
 if TYPE_CHECKING:
@@ -45,6 +51,8 @@ class CalibrationRule:
         Of the one-sided paired test there.
     open_labels : bool
         Whether rows whose label may still change take part, as soft labels of the delay model.
+    segments : tuple of str
+        Levels of segments to correct (`calibration.segment_config.SegmentConfig`).
     """
 
     method: str = "auto"
@@ -52,6 +60,7 @@ class CalibrationRule:
     test_share: float = 0.25
     confidence: float = 0.95
     open_labels: bool = False
+    segments: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,8 @@ class TaskCalibration:
         The new calibration against the release's, on the last part.
     days : list of DayLevel
         Of the last part, by stage.
+    segments : dict of str to list of SegmentFinding
+        Of the last part, by stage, the most certainly wrong ones first; empty without segments.
     cut : int
         Where the last part begins, ms.
     is_better : bool
@@ -86,6 +97,7 @@ class TaskCalibration:
     sketches: dict[str, LogitSketch]
     loss: PairedLoss
     days: list[DayLevel]
+    segments: dict[str, list[SegmentFinding]]
     cut: int
     is_better: bool
     why: str
@@ -118,14 +130,27 @@ def calibrate_task(
         if reason is not None:
             return f"before the last part of the window: {reason}"
         methods = compare_methods(folds.sketches, rule.method)
-        chain = CalibrationChain.fit_sketches(
-            folds.sketches, method=methods.choice, negative_sampling_rate=old.sampling.negative_sampling_rate
-        )
+        chain = _chain(earlier, folds, methods.choice, old, rule)
         stages = {"raw": sampling, "before": old, "after": chain}
         judged = _seen(calibrated(rows.frame.where(~is_fitted), stages)).persist()
         return _judged(judged, release.name, task, chain, methods, folds.book, cut, rule)
     finally:
         earlier.unpersist()
+
+
+def _chain(
+    earlier: DataFrame, folds: Folds, method: str, old: CalibrationChain, rule: CalibrationRule
+) -> CalibrationChain:
+    """Base, online line and segments, fitted to the earlier rows; their logits are free of the sampling."""
+    base = fit_method(method, sum(folds.sketches, LogitSketch()))
+    chain = CalibrationChain(base, negative_sampling_rate=old.sampling.negative_sampling_rate)
+    if rule.segments:
+        based = calibrated(earlier, {"based": CalibrationChain(base)})
+        chain.segments = fit_segments(based, "based", SegmentConfig(rule.segments))
+    if old.online is not None:
+        logit, rows, _, _ = sum(folds.sketches, LogitSketch()).bins()
+        chain.online = OnlinePlatt(old.online.config, information_centre(base.transform_logit(logit), rows))
+    return chain
 
 
 def _judged(
@@ -154,11 +179,18 @@ def _judged(
         if reason is not None:
             return f"in the last part of the window: {reason}"
         loss, days = paired_loss(judged, "after", "before"), day_levels(judged, STAGES)
+        segments = {stage: _worst(judged, stage, rule.segments) for stage in STAGES if rule.segments}
     finally:
         judged.unpersist()
     figures = {stage: calibration_figures(sketch) for stage, sketch in sketches.items()}
     is_better, why = _better(loss, rule.confidence)
-    return TaskCalibration(chain, methods, figures, sketches, loss, days, cut, is_better, why, book + last)
+    return TaskCalibration(
+        chain, methods, figures, sketches, loss, days, segments, cut, is_better, why, book + last
+    )
+
+
+def _worst(judged: DataFrame, stage: str, levels: tuple[str, ...]) -> list[SegmentFinding]:
+    return worst_segments(segment_counts(fit_segments(judged, stage, SegmentConfig(levels))))
 
 
 def _seen(rows: DataFrame) -> DataFrame:
