@@ -5,10 +5,11 @@
     make bench-calibration-power
 
 Predictions are logits drawn from a normal distribution; labels are drawn from the same logits plus a fault:
-none, a level, a slope about the mean, or a wave that changes neither (to the first order). A test counts as rejecting at a p-value
-below 5 %; the ECE at 1.645 standard deviations above its null, the smoothed ECE at the 95 % quantile of
-perfect models. The second table puts beside each other how far a figure of a sketch's bins lies from that of
-the rows, and how far it might at worst. The third compares with relplot, the package of smECE's authors.
+none, a level, a slope about the mean, or a wave that changes neither (to the first order). A test counts as
+rejecting at a p-value below 5 %; the ECE at 1.645 standard deviations above its null, the smoothed ECE at
+the 95 % quantile of perfect models. The second table puts beside each other how far a figure of a sketch's
+bins lies from that of the rows, and how far it might at worst. The third compares with relplot, the package
+of smECE's authors.
 """
 
 from __future__ import annotations

@@ -211,8 +211,8 @@ def binned_smooth_error(sums: BinnedSums, least_weight: float = 1.0) -> BinnedSm
     ``Σwd² - Σwyd``, at most ``n (high - mean)(mean - low)`` and ``c`` times the farther edge. Sharing a mass
     between points of a grid h apart costs ``h² 0.97 / 8σ²``. And two errors that differ by B at the width
     that solves the equation of one have solutions that differ by B at most, because neither grows with the
-    width. The bound grows as the error falls, as 1 / σ: of an error of a tenth of a rate of 4 % it is two
-    thirds, where the distance in truth is a thousandth.
+    width. The bound grows as the error falls, as 1 / σ: where a model of a 4.5 % rate errs by a tenth of it,
+    the bound is as large as the error, and the distance in truth a thousandth of it.
     """
     bins = BinnedRows(sums, least_weight)
     mass = float(bins.rows.sum())
@@ -236,4 +236,5 @@ def _moving(bins: BinnedRows, width: float) -> FloatArray:
     farthest = np.maximum(below, above)
     first = bins.positives * farthest + bins.rows * below * above
     second = residuals * farthest**2
-    return np.minimum(2.0 * residuals, first * _FIRST / width + second * 0.5 * _SECOND / width**2)
+    moved = first * (_FIRST / width) + second * (0.5 * _SECOND / width**2)
+    return np.asarray(np.minimum(2.0 * residuals, moved), np.float64)
