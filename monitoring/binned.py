@@ -44,8 +44,8 @@ class BinnedQuality:
     ----------
     rows, positives : float
         Σw and Σwy.
-    effective_rows : float
-        (Σw)² / Σw².
+    effective_rows : float or None
+        (Σw)² / Σw²; None where all weights are so small that their squares were rounded to 0.
     base_rate : float or None
     log_loss, ne, rig, brier, auc, pcoc, pcoc_low, pcoc_high : Bounded or None
         As in `monitoring.quality`.
@@ -53,7 +53,7 @@ class BinnedQuality:
 
     rows: float
     positives: float
-    effective_rows: float
+    effective_rows: float | None
     base_rate: float | None
     log_loss: Bounded | None
     ne: Bounded | None
@@ -88,7 +88,7 @@ def binned_quality(sums: BinnedSums, least_weight: float = 1.0) -> BinnedQuality
     mass, positives = float(bins.rows.sum()), float(bins.positives.sum())
     if mass == 0.0:
         return BinnedQuality(0.0, 0.0, 0.0, None, None, None, None, None, None, None, None, None)
-    share, rate = 1.0 / mass, positives / mass
+    share, rate, squares = 1.0 / mass, positives / mass, float(bins.squares.sum())
     loss, loss_ends = (bins.softplus() - bins.logit_of_positives()).times(share).total()
     brier, brier_ends = (
         (bins.square() + bins.observed() - bins.expected_of_positives().times(2.0)).times(share).total()
@@ -102,7 +102,7 @@ def binned_quality(sums: BinnedSums, least_weight: float = 1.0) -> BinnedQuality
     return BinnedQuality(
         rows=mass,
         positives=positives,
-        effective_rows=mass**2 / float(bins.squares.sum()),
+        effective_rows=mass**2 / squares if squares > 0.0 else None,
         base_rate=rate,
         log_loss=log_loss,
         ne=ne,

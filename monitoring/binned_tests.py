@@ -22,7 +22,7 @@ import numpy as np
 
 from monitoring.binned_rows import BinnedRows, BinnedSums, Estimate
 from monitoring.bounded import Bounded, Interval
-from monitoring.calibration_tests import KUIPER_NULL
+from monitoring.calibration_tests import KUIPER_NULL, LEAST_SPREAD, cox_null
 from monitoring.null_distributions import brownian_range_tail, chi_square_tail, normal_two_sided
 
 __all__ = [
@@ -87,13 +87,11 @@ def binned_spiegelhalter(bins: BinnedRows) -> BinnedTest:
 def binned_cox(bins: BinnedRows) -> BinnedTest:
     """Level and slope, `cox_score_test`, with logits counted from their estimated mean.
 
-    One bin alone cannot tell a slope: rows in it may have one prediction or several.
+    Bins whose means are equal cannot tell a slope: rows in them may have one prediction or several.
     """
-    slopes = len(bins.rows) > 1
-    null = f"chi-square, {2 if slopes else 1} degree{'s' if slopes else ''} of freedom"
     variance, variance_ends = bins.variance().total()
     if variance == 0.0:
-        return BinnedTest("cox_score", None, None, null)
+        return BinnedTest("cox_score", None, None, cox_null(2))
     origin = float(bins.variance_logit(0.0, 1).value.sum()) / variance
     level, level_ends = (bins.observed() - bins.expected()).total()
     slope, slope_ends = (bins.logit_of_positives(origin) - bins.expected_logit(origin)).total()
@@ -106,13 +104,13 @@ def binned_cox(bins: BinnedRows) -> BinnedTest:
     ends = level_ends.squared().over(variance_ends) + slope_ends.squared().over(second_ends).within(
         0.0, np.inf
     )
-    value = level**2 / variance
-    if slopes:
-        value += (slope - first / variance * level) ** 2 / (second - first**2 / variance)
+    value, degrees, left = level**2 / variance, 1, second - first**2 / variance
+    if left > LEAST_SPREAD * variance:
+        value, degrees = value + (slope - first / variance * level) ** 2 / left, 2
     ends = ends.within(0.0, np.inf)
     tails = [chi_square_tail(min(float(end), _ENDLESS), 2) for end in (ends.high, ends.low)]
-    tail = chi_square_tail(value, 2 if slopes else 1)
-    return BinnedTest("cox_score", ends.around(value), Interval(*tails).around(tail), null)
+    tail = chi_square_tail(value, degrees)
+    return BinnedTest("cox_score", ends.around(value), Interval(*tails).around(tail), cox_null(degrees))
 
 
 def binned_kuiper(bins: BinnedRows) -> BinnedTest:
