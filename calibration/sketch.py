@@ -22,7 +22,7 @@ Nothing is fitted to the sums of squares, so that a weight of 2 and the row twic
 they say how much a weighted sum scatters, where twice the weight of one row is not two rows.
 
 The price is resolution, not bias: two rows of one bin differ by at most 1/128 in logit.
-:mod:`calibration.sketch_metrics` bounds what that costs each metric.
+What that costs each metric at most, ``monitoring.binned`` says with the metric.
 """
 
 from __future__ import annotations

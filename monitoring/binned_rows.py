@@ -19,6 +19,7 @@ import numpy as np
 
 from monitoring.bounded import Interval, chord_bounds
 from monitoring.inputs import FloatArray
+from pipelines.errors import DataError
 
 __all__ = ["BinnedRows", "BinnedSums", "Estimate"]
 
@@ -107,6 +108,8 @@ class BinnedRows:
     """
 
     def __init__(self, sums: BinnedSums, least_weight: float = 1.0) -> None:
+        if not least_weight > 0.0:
+            raise DataError(f"expected a least weight above 0, received {least_weight}.")
         self.rows, self.positives = sums.rows, sums.positives
         self.squares, self.positive_squares = sums.squares, sums.positive_squares
         self.low_logit, self.high_logit = sums.lower_logit, sums.upper_logit

@@ -33,8 +33,10 @@ from monitoring.null_distributions import brownian_range_tail, chi_square_tail, 
 
 __all__ = [
     "KUIPER_NULL",
+    "LEAST_SPREAD",
     "CalibrationTest",
     "calibration_verdict",
+    "cox_null",
     "cox_recalibration",
     "cox_score_test",
     "kuiper_test",
@@ -47,6 +49,9 @@ __all__ = [
 _PCOC_BAND = (0.95, 1.05)
 _SLOPE_BAND = (0.9, 1.1)
 _NEWTON_STEPS = 30
+
+# Logits that spread less, by their variance, have no slope to test.
+LEAST_SPREAD = 1e-12
 
 KUIPER_NULL = "range of Brownian motion on [0, 1]"
 
@@ -148,7 +153,7 @@ def cox_score_test(
     variance = w**2 * p * (1.0 - p)
     level = float(variance.sum())
     if level == 0.0:
-        return CalibrationTest("cox_score", None, None, "chi-square, 2 degrees of freedom", y.shape[0])
+        return CalibrationTest("cox_score", None, None, cox_null(2), y.shape[0])
     x = log_odds(p)
     # Measured from its weighted mean, x is uncorrelated with the level, and the quadratic form is a sum of
     # two squares.
@@ -157,11 +162,17 @@ def cox_score_test(
     residual = w * (y - p)
     statistic = float(residual.sum()) ** 2 / level
     degrees = 1
-    if slope > 1e-12 * level:
+    if slope > LEAST_SPREAD * level:
         statistic += float(residual @ x) ** 2 / slope
         degrees = 2
-    null = f"chi-square, {degrees} degree{'s' if degrees > 1 else ''} of freedom"
-    return CalibrationTest("cox_score", statistic, chi_square_tail(statistic, degrees), null, y.shape[0])
+    return CalibrationTest(
+        "cox_score", statistic, chi_square_tail(statistic, degrees), cox_null(degrees), y.shape[0]
+    )
+
+
+def cox_null(degrees: int) -> str:
+    """What the statistic of `cox_score_test` is distributed as."""
+    return f"chi-square, {degrees} degree{'s' if degrees > 1 else ''} of freedom"
 
 
 def kuiper_test(
