@@ -28,8 +28,8 @@ class BetaCalibrator(SketchCalibrator):
     In the logit its slope goes from ``low_slope`` far below to ``high_slope`` far above, so that both, kept
     within [0.05, 20], make it strictly increasing: the original has 0 for a bound, and ties. With equal
     slopes it is Platt's line. Targets as for :class:`calibration.platt.PlattCalibrator`. Where all rows are
-    of one class or of one logit both slopes stay 1; where all probabilities are small, the rows say next to nothing of
-    ``high_slope``.
+    of one class or of one logit both slopes stay 1; where all probabilities are small, the rows say next to
+    nothing of ``high_slope``.
 
     Parameters
     ----------

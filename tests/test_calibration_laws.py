@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
 
@@ -28,6 +28,8 @@ ROWS: st.SearchStrategy[list[Row]] = st.lists(
     st.tuples(LOGITS, st.sampled_from([0.0, 0.0, 0.25, 1.0]), st.integers(1, 3)), min_size=1, max_size=40
 )
 GRID = np.linspace(-40.0, 40.0, 2_001)
+# Each law is asked of ten kinds.
+FEW = settings(max_examples=30)
 
 
 def columns(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -41,6 +43,7 @@ def parameters(calibrator: Calibrator) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@FEW
 @given(rows=ROWS)
 def test_the_map_never_falls_and_rises_strictly_where_that_is_promised(kind: str, rows: list[Row]) -> None:
     fitted = FITS[kind](*columns(rows))
@@ -55,6 +58,7 @@ def test_the_map_never_falls_and_rises_strictly_where_that_is_promised(kind: str
 
 
 @pytest.mark.parametrize("kind", STRICT)
+@FEW
 @given(rows=ROWS)
 def test_auc_is_the_same_before_and_after(kind: str, rows: list[Row]) -> None:
     logit, label, weight = columns(rows)
@@ -67,6 +71,7 @@ def test_auc_is_the_same_before_and_after(kind: str, rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize("kind", SKETCHED)
+@FEW
 @given(first=ROWS, second=ROWS, third=ROWS)
 def test_merging_fits_is_fitting_all_rows_to_the_bit(
     kind: str, first: list[Row], second: list[Row], third: list[Row]
@@ -79,6 +84,7 @@ def test_merging_fits_is_fitting_all_rows_to_the_bit(
 
 
 @pytest.mark.parametrize("kind", [kind for kind in SKETCHED if kind != "decayed"])
+@FEW
 @given(first=ROWS, second=ROWS)
 def test_updating_a_fit_is_fitting_all_rows_to_the_bit(
     kind: str, first: list[Row], second: list[Row]
@@ -91,6 +97,7 @@ def test_updating_a_fit_is_fitting_all_rows_to_the_bit(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@FEW
 @given(rows=ROWS, seed=st.integers(0, 1_000))
 def test_the_order_of_rows_plays_no_role(kind: str, rows: list[Row], seed: int) -> None:
     shuffled = [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
@@ -98,6 +105,7 @@ def test_the_order_of_rows_plays_no_role(kind: str, rows: list[Row], seed: int) 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@FEW
 @given(rows=ROWS)
 def test_a_weight_is_the_row_that_many_times(kind: str, rows: list[Row]) -> None:
     # Not to the bit: of a row of weight 2 the sketch rounds twice the probability, of two rows each, to
@@ -110,6 +118,7 @@ def test_a_weight_is_the_row_that_many_times(kind: str, rows: list[Row]) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@FEW
 @given(rows=ROWS)
 def test_a_row_of_weight_nothing_is_not_there(kind: str, rows: list[Row]) -> None:
     logit, label, weight = columns(rows)
@@ -118,6 +127,7 @@ def test_a_row_of_weight_nothing_is_not_there(kind: str, rows: list[Row]) -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@FEW
 @given(rows=ROWS, more=ROWS)
 def test_state_through_json_goes_on_to_the_bit(kind: str, rows: list[Row], more: list[Row]) -> None:
     fitted = FITS[kind](*columns(rows))
@@ -161,6 +171,7 @@ def test_fitted_to_what_it_says_it_is_nearly_the_identity(kind: str, seed: int) 
 # -- filters: beliefs instead of sketches -------------------------------------------------------------
 
 
+@FEW
 @given(first=ROWS, second=ROWS)
 def test_merging_filters_is_commutative_to_the_bit(first: list[Row], second: list[Row]) -> None:
     a, b = (FITS["kalman"](*columns(rows)) for rows in (first, second))
