@@ -149,6 +149,16 @@ def test_beta_is_the_minimum_that_scipy_finds(seed: int) -> None:
     assert found == pytest.approx(best.x, abs=0.01)
 
 
+def test_beta_gives_betacals_numbers() -> None:
+    # Slopes of betacal 1.1.0, `BetaCalibration("abm")`, fitted to these rows; it does not smooth targets.
+    rng = np.random.default_rng(0)
+    logit = rng.normal(-1.0, 2.0, 50_000)
+    label = rng.random(50_000) < sigmoid(0.7 * logit + 0.3 * np.sin(logit))
+    fitted = BetaCalibrator.fit(logit, label)
+    assert fitted.low_slope == pytest.approx(0.6709955530595241, abs=1e-3)
+    assert fitted.high_slope == pytest.approx(0.9440608985109481, abs=2e-3)
+
+
 def test_beta_of_equal_slopes_is_a_line() -> None:
     logit = np.linspace(-20.0, 20.0, 101)
     line = PlattCalibrator(-0.3, 0.8).transform_logit(logit)
