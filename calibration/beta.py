@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from calibration.base import checked_logit
 from calibration.link import FloatArray
-from calibration.logistic import fit_logistic, level_of, smoothed_target
+from calibration.logistic import fit_logistic, level_of, smoothed_target, tells_slope
 from calibration.platt import MINIMUM_SLOPE
 from calibration.sketch import LogitSketch
 from calibration.sketch_calibrator import SketchCalibrator
@@ -28,8 +28,8 @@ class BetaCalibrator(SketchCalibrator):
     In the logit its slope goes from ``low_slope`` far below to ``high_slope`` far above, so that both, kept
     within [0.05, 20], make it strictly increasing: the original has 0 for a bound, and ties. With equal
     slopes it is Platt's line. Targets as for :class:`calibration.platt.PlattCalibrator`. Where all rows are
-    of one class both slopes stay 1; where all probabilities are small, the rows say next to nothing of
-    ``high_slope``.
+    of one class or of one logit both slopes stay 1; where all probabilities are small, the rows say next to
+    nothing of ``high_slope``.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ class BetaCalibrator(SketchCalibrator):
         logit, rows, positives, _ = sketch.bins()
         target, ones = smoothed_target(rows, positives), np.ones((1, len(logit)))
         level = np.array([level_of(rows, target)])
-        if not 0.0 < float(positives.sum()) < float(rows.sum()):
+        if not tells_slope(logit, rows, positives):
             (level,) = fit_logistic(ones, rows, target, level, offset=logit)
             return cls(float(level))
         inner, outer = (

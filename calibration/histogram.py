@@ -24,9 +24,9 @@ GROUPS = 20
 class HistogramCalibrator(SketchCalibrator):
     """Twenty groups of nearly equal weight, each with its smoothed rate; constant within, and past the ends.
 
-    A group counts one further row at the rate of all rows, so that none says 0 or 1. Unlike in the original,
-    neighbours that are out of order are pooled: no two rows are turned round. Rows of a group are tied, so
-    ranking is lost.
+    A group counts one further positive, and its share of negatives at the rate of all rows, so that none says
+    0 or 1. Unlike in the original, neighbours that are out of order are pooled: no two rows are turned round.
+    Rows of a group are tied, so ranking is lost.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ class HistogramCalibrator(SketchCalibrator):
         bins = sketch.binned()
         starts = equal_starts(bins.rows, GROUPS)
         n, c = np.add.reduceat(bins.rows, starts), np.add.reduceat(bins.positives, starts)
-        n, c = n + 1.0, c + (c.sum() + 1.0) / (n.sum() + 2.0)
+        n, c = n + (n.sum() + 2.0) / (c.sum() + 1.0), c + 1.0
         pooled = pooled_starts(c / n, n)
         rate = np.add.reduceat(c, pooled) / np.add.reduceat(n, pooled)
         return cls(bins.lower_logit[starts[pooled[1:]]], logit_of(rate))

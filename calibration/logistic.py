@@ -9,11 +9,13 @@ import numpy.typing as npt
 
 from calibration.link import FloatArray, sigmoid
 
-__all__ = ["fit_logistic", "level_of", "smoothed_target"]
+__all__ = ["fit_logistic", "level_of", "smoothed_target", "spread_of", "tells_slope"]
 
 BoolArray = npt.NDArray[np.bool_]
 
 _MAXIMUM_STEPS = 100
+# Standard deviation of logits below which they are all equal.
+_NO_SPREAD = 1e-9
 
 
 def smoothed_target(rows: FloatArray, positives: FloatArray) -> FloatArray:
@@ -80,13 +82,15 @@ def fit_logistic(
     high = np.full(len(theta), np.inf) if upper is None else upper
     base = np.zeros(len(rows)) if offset is None else offset
     total = float(rows.sum())
-    # A hair of ridge keeps the system solvable where every probability has saturated.
+    # A hair of ridge keeps the system solvable where every probability has saturated,
     ridge = 1e-12 * total * np.eye(len(theta))
     for _ in range(_MAXIMUM_STEPS):
         q = sigmoid(_logit(theta, features, base))
         gradient = (features * (rows * (q - target))).sum(axis=1)
         curved = features * (rows * q * (1.0 - q))
         hessian = np.array([[float((a * b).sum()) for b in features] for a in curved]) + ridge
+        # and one of its own scale keeps rounding from moving what the rows cannot tell apart.
+        hessian += np.diag(1e-9 * np.diag(hessian))
         step = _free_step(gradient, hessian, theta <= low, theta >= high)
         decrement = -float((gradient * step).sum())
         if not decrement > 1e-24 * total:
@@ -147,6 +151,18 @@ def _descent(
     while size > 1e-12 and not cross_entropy(size) <= start - 1e-4 * size * decrement:
         size *= 0.5
     return size
+
+
+def spread_of(logit: FloatArray, rows: FloatArray) -> tuple[float, float]:
+    """Mean and standard deviation of the logits, weighted by rows."""
+    total = float(rows.sum())
+    centre = float((rows * logit).sum()) / total
+    return centre, math.sqrt(float((rows * (logit - centre) ** 2).sum()) / total)
+
+
+def tells_slope(logit: FloatArray, rows: FloatArray, positives: FloatArray) -> bool:
+    """Whether there are both classes and more than one logit; else only a level can be fitted."""
+    return 0.0 < float(positives.sum()) < float(rows.sum()) and spread_of(logit, rows)[1] > _NO_SPREAD
 
 
 def level_of(rows: FloatArray, target: FloatArray) -> float:

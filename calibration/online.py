@@ -29,7 +29,7 @@ __all__ = ["OnlineConfig", "OnlinePlatt", "information_centre"]
 # The slope acts within 8 logits of the centre (odds x 3000 either way) and is 1 beyond: one absurd logit,
 # of weight one, must not turn the line.
 REACH = 8.0
-# No filter is given up: what predicts well again after a jump has this much to make up for, not days of scores.
+# No filter is given up: what predicts well again after a jump has this much to make up for, and no more.
 _LOWEST_SCORE = -8.0
 
 

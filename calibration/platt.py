@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from calibration.base import checked_logit
 from calibration.link import FloatArray
-from calibration.logistic import fit_logistic, level_of, smoothed_target
+from calibration.logistic import fit_logistic, level_of, smoothed_target, spread_of, tells_slope
 from calibration.sketch import LogitSketch
 from calibration.sketch_calibrator import SketchCalibrator
 from calibration.state import finite
@@ -21,8 +21,6 @@ __all__ = ["MINIMUM_SLOPE", "PlattCalibrator", "fit_line"]
 
 # Below it the calibrated logits of a whole range fall together and ranking is lost in practice.
 MINIMUM_SLOPE = 0.05
-# Standard deviation of logits below which they are all equal.
-_NO_SPREAD = 1e-9
 
 
 class PlattCalibrator(SketchCalibrator):
@@ -103,12 +101,11 @@ def fit_line(
     minimum_slope : float
         In (0, 1].
     """
-    total, target = float(rows.sum()), smoothed_target(rows, positives)
+    target = smoothed_target(rows, positives)
     # Standardised logits: the Newton system is well conditioned wherever the model's logits lie.
-    centre = float((rows * logit).sum()) / total
-    spread = math.sqrt(float((rows * (logit - centre) ** 2).sum()) / total)
+    centre, spread = spread_of(logit, rows)
     level, ones = level_of(rows, target), np.ones(len(logit))
-    if spread <= _NO_SPREAD or not 0.0 < float(positives.sum()) < total:
+    if not tells_slope(logit, rows, positives):
         (level,) = fit_logistic(ones[None], rows, target, np.array([level]), offset=logit - centre)
         return float(level) - centre, 1.0
     level, unit_slope = fit_logistic(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from calibration.base import checked_logit
 from calibration.link import FloatArray
-from calibration.logistic import fit_logistic, smoothed_target
+from calibration.logistic import fit_logistic, smoothed_target, tells_slope
 from calibration.platt import MINIMUM_SLOPE
 from calibration.sketch import LogitSketch
 from calibration.sketch_calibrator import SketchCalibrator
@@ -30,7 +30,7 @@ class TemperatureCalibrator(SketchCalibrator):
     There is no level. Where the rate is not one half by symmetry, as with clicks, a wrong level is not
     repaired but bent into the slope: see PCOC before this is used alone. Targets as for
     :class:`calibration.platt.PlattCalibrator`; the slope is kept within [0.05, 20], and stays 1 where all
-    rows are of one class.
+    rows are of one class or of one logit.
 
     Parameters
     ----------
@@ -69,7 +69,7 @@ class TemperatureCalibrator(SketchCalibrator):
     def of_sketch(cls, sketch: LogitSketch) -> Self:
         """The slope of a sketch's rows."""
         logit, rows, positives, _ = sketch.bins()
-        if not 0.0 < float(positives.sum()) < float(rows.sum()):
+        if not tells_slope(logit, rows, positives):
             return cls()
         (slope,) = fit_logistic(
             logit[None],

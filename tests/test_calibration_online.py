@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.optimize import minimize
+from sklearn.metrics import log_loss
 
 from calibration.chain import CalibrationChain
 from calibration.delayed import fnw_weight
@@ -15,6 +16,7 @@ from calibration.link import logit_of, sigmoid
 from calibration.online import OnlineConfig, OnlinePlatt
 from calibration.platt import PlattCalibrator
 from calibration.segments import SegmentConfig, SegmentCorrection
+from calibration.sketch import LogitSketch
 from pipelines.errors import ConfigError, DataError, StaleStateError
 
 STILL = OnlineConfig(intercept_noise=0.0, slope_noise=0.0)
@@ -257,6 +259,128 @@ def test_damaged_state_is_refused() -> None:
     for damage in damages:
         with pytest.raises(StaleStateError):
             OnlinePlatt.from_state({**state, **damage})
+
+
+# -- several speeds -----------------------------------------------------------------------------------
+
+
+def test_each_filter_of_several_is_what_it_is_alone() -> None:
+    logit, _, label = drifting(5_000)
+    together = OnlinePlatt(centre=-2.0)
+    alone = [
+        OnlinePlatt(OnlineConfig(noise_factors=(f,)), centre=-2.0) for f in together.config.noise_factors
+    ]
+    for online in (together, *alone):
+        progressive(online, logit, label)
+    for name in ("level", "slope", "level_variance", "slope_variance", "covariance"):
+        assert together.state()[name] == [online.state()[name][0] for online in alone]
+
+
+def test_shares_are_the_faded_likelihoods_of_what_each_filter_predicted() -> None:
+    logit, _, label = drifting(4_096)
+    together = OnlinePlatt(OnlineConfig(half_life=1_000.0), centre=-2.0)
+    factors = together.config.noise_factors
+    alone = [OnlinePlatt(OnlineConfig(noise_factors=(f,)), centre=-2.0) for f in factors]
+    score = np.zeros(len(factors))
+    for start in range(0, 4_096, 256):
+        now = slice(start, start + 256)
+        losses = [log_loss(label[now], online.transform(logit[now]), normalize=False) for online in alone]
+        score = 0.5 ** (256 / 1_000) * score - np.array(losses)
+        score = np.maximum(score - score.max(), -8.0)
+        for online in (together, *alone):
+            online.update(logit[now], label[now])
+    expected = np.exp(score)
+    assert together.shares == pytest.approx(expected / expected.sum(), abs=1e-9)
+    assert together.intercept == pytest.approx((together.shares * [o.intercept for o in alone]).sum())
+    level, variance = np.array([o.intercept for o in alone]), np.array([o.intercept_variance for o in alone])
+    spread = (together.shares * (variance + (level - together.intercept) ** 2)).sum()
+    assert together.intercept_variance == pytest.approx(spread)
+
+
+@pytest.mark.parametrize(("swing", "fastest"), [(0.0, 0), (0.3, 2), (0.9, 3)])
+def test_the_faster_the_truth_moves_the_faster_the_filter_that_counts(swing: float, fastest: int) -> None:
+    rng = np.random.default_rng(3)
+    logit, row = rng.normal(-2.0, 1.0, 300_000), np.arange(300_000)
+    truth = logit + swing * np.sin(2 * np.pi * row / 20_000)
+    online = OnlinePlatt()
+    progressive(online, logit, (rng.random(300_000) < sigmoid(truth)).astype(float), batch=1_000)
+    if fastest == 0:
+        assert online.shares[:2].sum() > 0.7
+    else:
+        assert online.shares[fastest:].sum() > 0.7
+
+
+def test_no_filter_is_given_up() -> None:
+    rng = np.random.default_rng(4)
+    online = OnlinePlatt()
+    for step in range(1_000):
+        logit = rng.normal(-2.0, 1.0, 256)
+        level = 0.5 * np.sin(step / 8)
+        online.update(logit, rng.random(256) < sigmoid(logit + level))
+    assert online.shares[0] < 0.01
+    assert online.shares.min() >= np.exp(-8.0) / len(online.shares)
+
+
+@pytest.mark.parametrize("noise", [1e-8, 1e-6, 1e-5])
+def test_one_default_comes_close_to_the_best_of_its_speeds_whatever_the_drift(noise: float) -> None:
+    rng = np.random.default_rng(5)
+    logit = rng.normal(-2.0, 1.0, 300_000)
+    truth = logit + np.cumsum(rng.normal(0.0, noise**0.5, 300_000))
+    label = (rng.random(300_000) < sigmoid(truth)).astype(float)
+    regret = {}
+    for factors in (OnlineConfig().noise_factors, (0.1,), (1.0,), (10.0,), (100.0,)):
+        online = OnlinePlatt(OnlineConfig(noise_factors=factors))
+        regret[factors] = excess_log_loss(progressive(online, logit, label, batch=1_000), truth)
+    default = regret.pop(OnlineConfig().noise_factors)
+    assert default < 1.25 * min(regret.values())
+    assert default < 0.7 * max(regret.values())
+
+
+# -- windows as sketches, and merging ------------------------------------------------------------------
+
+
+def test_a_window_as_a_sketch_teaches_what_its_rows_do() -> None:
+    logit, _, label = drifting(20_000)
+    rows, sketch = OnlinePlatt(centre=-2.0), OnlinePlatt(centre=-2.0)
+    for start in range(0, 20_000, 1_000):
+        now = slice(start, start + 1_000)
+        rows.update(logit[now], label[now])
+        sketch.update_sketch(LogitSketch.of(logit[now], label[now]))
+    grid = np.linspace(-6.0, 1.0, 50)
+    assert sketch.transform_logit(grid) == pytest.approx(rows.transform_logit(grid), abs=1e-3)
+    assert sketch.effective_rows == rows.effective_rows
+
+
+def test_merging_is_the_product_of_the_beliefs_over_the_prior() -> None:
+    config = OnlineConfig(0.0, 0.0, intercept_deviation=0.4, slope_deviation=0.2, noise_factors=(1.0,))
+    logit, _, label = drifting(8_000)
+    a, b = (
+        OnlinePlatt.fit(logit[p], label[p], config=config, centre=-2.5)
+        for p in (slice(3_000), slice(3_000, None))
+    )
+
+    def gaussian(online: OnlinePlatt) -> tuple[np.ndarray, np.ndarray]:
+        mixed = online.covariance
+        covariance = np.array([[online.intercept_variance, mixed], [mixed, online.slope_variance]])
+        return np.array([online.intercept, online.slope]), np.linalg.inv(covariance)
+
+    (mean_a, precise_a), (mean_b, precise_b) = gaussian(a), gaussian(b)
+    prior = np.diag([1 / 0.16, 1 / 0.04])
+    precise = precise_a + precise_b - prior
+    mean = np.linalg.solve(precise, precise_a @ mean_a + precise_b @ mean_b - prior @ [0.0, 1.0])
+    found, found_precise = gaussian(a.merge(b))
+    assert found == pytest.approx(mean, rel=1e-9)
+    assert found_precise == pytest.approx(precise, rel=1e-9)
+
+
+def test_merging_with_what_has_heard_nothing_changes_no_belief() -> None:
+    logit, _, label = drifting(8_000)
+    still = OnlineConfig(intercept_noise=0.0, slope_noise=0.0)
+    online = OnlinePlatt.fit(logit, label, config=still, centre=-2.5)
+    merged = online.merge(OnlinePlatt(still, centre=-2.5))
+    grid = np.linspace(-6.0, 1.0, 50)
+    assert merged.transform_logit(grid) == pytest.approx(online.transform_logit(grid), abs=1e-9)
+    assert merged.intercept_variance == pytest.approx(online.intercept_variance, rel=1e-9)
 
 
 # -- open labels ------------------------------------------------------------------------------------
