@@ -14,6 +14,7 @@ from sklearn.metrics import brier_score_loss
 from monitoring.brier import brier_parts
 from monitoring.field_error import field_calibration_error
 from monitoring.reliability import equal_mass_bins
+from pipelines.errors import DataError
 
 ROW = st.tuples(
     st.booleans(), st.sampled_from([0.0, 0.1, 0.25, 0.4, 0.9, 1.0]), st.sampled_from([0.0, 0.5, 3.0])
@@ -116,6 +117,8 @@ def test_a_fault_in_one_field_value_is_seen_and_no_rows_give_nothing() -> None:
     assert found is not None and found.rce_z is not None and found.rce_z > 4
     assert field_calibration_error([], [], []) is None
     assert field_calibration_error([0], [0.5], [1], [0.0]) is None
+    with pytest.raises(DataError, match="two draws"):
+        field_calibration_error([0], [0.5], [1], draws=1)
     sure = field_calibration_error([1, 0], [1.0, 0.0], [1, 2])
     assert sure is not None and (sure.ece, sure.ece_null, sure.ece_z) == (0.0, 0.0, None)
 
