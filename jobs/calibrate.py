@@ -275,13 +275,17 @@ def command(
     """
     from calibration.segment_levels import levels_over, segment_columns
     from jobs.calibration_task import CalibrationRule
+    from jobs.held_out_rows import HeldOutWindow, check_fits
     from jobs.release import Release
 
     release = Release.load(release_path)
+    held = HeldOutWindow(0 if window is None else as_of - window, as_of, labels == "delay_model")
+    for task in tasks or release.tasks:  # before Spark starts
+        check_fits(snapshot, release, task, held)
     levels = levels_over(config.calibration.segments, release.segments)
     rule = CalibrationRule(
         config.calibration.method,
-        open_labels=labels == "delay_model",
+        open_labels=held.open_labels,
         segments=levels if segment_columns(levels) == release.segments else (),
         **settings,
     )

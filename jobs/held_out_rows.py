@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from models.base import Model
 
-__all__ = ["SCORED_COLUMNS", "HeldOutRows", "HeldOutWindow", "held_out_rows"]
+__all__ = ["SCORED_COLUMNS", "HeldOutRows", "HeldOutWindow", "check_fits", "held_out_rows"]
 
 # Columns of `HeldOutRows.frame`. The logit is the model's own, nothing undone, nothing corrected; `share` is
 # the part of the outcomes that is known by now, 1 for a settled row.
@@ -100,12 +100,12 @@ def held_out_rows(
     Raises
     ------
     DataError
-        If the snapshot does not fit the release, or ends before ``as_of``.
+        If the snapshot does not fit: `check_fits`.
     """
     from pyspark.sql import functions as F
 
     manifest = read_manifest(snapshot)
-    _check_fits(snapshot, release, task, window.as_of, window.open_labels)
+    check_fits(snapshot, release, task, window)
     files = [file.location for file in data_files(snapshot, task, manifest)]
     rule = AttributionConfig.model_validate(manifest.config["attribution"])
     settled = rule.width(task) + rule.allowed_lateness
@@ -136,9 +136,18 @@ def held_out_rows(
     return HeldOutRows(scored, counts, first, last, settled)
 
 
-def _check_fits(snapshot: str, release: Release, task: Task, as_of: int, open_labels: bool) -> None:
-    manifest = read_manifest(snapshot)
-    if manifest.as_of != as_of and open_labels:
+def check_fits(snapshot: str, release: Release, task: Task, window: HeldOutWindow) -> None:
+    """Refuse a snapshot that cannot judge a release; needs no Spark.
+
+    Raises
+    ------
+    DataError
+        If the snapshot ends before ``as_of``, has other features or segments, lacks the task, or does not
+        have all that the model needs.
+    """
+    manifest, as_of = read_manifest(snapshot), window.as_of
+    data_files(snapshot, task, manifest)
+    if manifest.as_of > as_of and window.open_labels:
         raise DataError(
             f"{snapshot} says labels as of {manifest.as_of} ms: of open windows they are not those known at "
             f"{as_of} ms.",

@@ -78,7 +78,7 @@ def build_command(
 
     from jobs.samples_build import build
 
-    with spark_for("build", master, spark_conf, long_running=is_long_running(lake, master)) as spark:
+    with spark_for("samples build", master, spark_conf, long_running=is_long_running(lake, master)) as spark:
         snapshot = build(spark, lake, out, as_of, window, config, spec)
     click.echo(snapshot)
 
@@ -122,7 +122,7 @@ def relabel_command(
         kafka = kafka.model_copy(update={"bootstrap_servers": bootstrap_servers})
     jars = "spark-kafka" if publish else None
     long_running = is_long_running(lake, master)
-    with spark_for("relabel", master, spark_conf, jars, long_running=long_running) as spark:
+    with spark_for("samples relabel", master, spark_conf, jars, long_running=long_running) as spark:
         snapshot = relabel(spark, lake, base, as_of, window)
         if publish:
             sent = publish_changes(spark, snapshot, kafka)

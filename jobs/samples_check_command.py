@@ -66,7 +66,7 @@ def command(
     if master is None and spark_conf:
         raise click.UsageError("--spark-conf says how Spark runs: add --master.")
     is_compared = against is not None or train is not None
-    session = nullcontext() if master is None else spark_for("check", master, spark_conf)
+    session = nullcontext() if master is None else spark_for("samples check", master, spark_conf)
     with session as spark:
         report = check(
             snapshot,

@@ -95,7 +95,7 @@ def command(
         adapter = load_adapter(log_format, mapping, origin)
     jars = "spark-kafka" if events is None else None
     long_running = events is not None and are_files_many(events, master)
-    with spark_for("ingest", master, spark_conf, jars, long_running=long_running) as spark:
+    with spark_for("samples ingest", master, spark_conf, jars, long_running=long_running) as spark:
         report = ingest(
             spark,
             lake,

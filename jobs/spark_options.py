@@ -149,7 +149,7 @@ def spark_for(
         folder = None if jars is None else resolve(jars)
         logger.info("starting Spark (%s)", master)
     spark = spark_session(
-        f"ctrstream samples {name}",
+        f"ctrstream {name}",
         master=master,
         settings=settings,
         jars=() if folder is None else sorted(folder.glob("*.jar")),

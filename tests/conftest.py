@@ -53,6 +53,13 @@ def spark() -> Iterator[SparkSession]:
     stop_spark(session)
 
 
+@pytest.fixture
+def shared_spark(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> SparkSession:
+    """Commands use the session of the tests, and leave it running."""
+    monkeypatch.setattr("pipelines.spark_session.stop_spark", lambda session: None)
+    return spark
+
+
 @pytest.fixture(scope="session")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> SmallRun:
     """A small simulated log, the models trained on its first quarter, and a backtest over the rest."""

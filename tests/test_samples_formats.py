@@ -24,13 +24,6 @@ DAY = 86_400
 LINES = 4_000
 
 
-@pytest.fixture
-def shared_spark(spark: SparkSession, monkeypatch: pytest.MonkeyPatch) -> SparkSession:
-    """Commands use the session of the tests, and leave it running."""
-    monkeypatch.setattr("pipelines.spark_session.stop_spark", lambda session: None)
-    return spark
-
-
 def run(*arguments: object, code: int = 0) -> str:
     done = CliRunner().invoke(cli, ["samples", *map(str, arguments)])
     assert done.exit_code == code, done.output
