@@ -62,8 +62,8 @@ class OnlineConfig:
     """
 
     intercept_noise: float = 1e-7
-    slope_noise: float = 1e-8
-    noise_factors: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    slope_noise: float = 1e-9
+    noise_factors: tuple[float, ...] = (0.1, 0.5, 2.5, 12.5, 62.5, 312.5)
     half_life: float = 100_000.0
     intercept_deviation: float = 0.3
     slope_deviation: float = 0.1
