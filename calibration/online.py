@@ -268,7 +268,8 @@ class OnlinePlatt(Calibrator):
     @property
     def slope(self) -> float:
         """Mean of the belief about the slope; 1 at first."""
-        return float((self.shares * self._filters.slope).sum())
+        # About 1, so that where all filters say 1 the mean is 1 to the bit.
+        return 1.0 + float((self.shares * (self._filters.slope - 1.0)).sum())
 
     @property
     def intercept_variance(self) -> float:
