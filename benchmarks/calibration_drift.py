@@ -163,7 +163,7 @@ def methods(labels: str) -> dict[str, Method]:
         "daily refit": Method(_MINUTES, refit, "matured"),
         **{
             f"decayed sketch, {half_life:,.0f} rows": Method(10, decayed(half_life), labels)
-            for half_life in (10_000.0, 30_000.0, 100_000.0)
+            for half_life in (3_000.0, 10_000.0, 30_000.0)
         },
         "kalman, one speed": Method(1, kalman(OnlineConfig(noise_factors=(1.0,))), labels),
         "kalman (default)": Method(1, kalman(OnlineConfig()), labels),
