@@ -2,7 +2,7 @@
 
 ::
 
-    make bench-calibration-drift ARGS='--seeds 1 2 3 4 5 --rows 300000 1000000'
+    make bench-calibration-drift ARGS='--seeds 1 2 3 4 5 --rows 300000'
 
 A stream of impressions whose true click probabilities are known. The model's logits are over-sure and never
 change; the truth swings by a quarter in log odds each day, walks at random, and jumps once by 0.4. Labels are
@@ -13,7 +13,7 @@ click when it comes, with fake-negative weights (:func:`calibration.delayed.fnw_
 Printed is the share of the gap between the raw logits (0) and the truth (1) in expected log loss that is
 closed, mean, standard deviation and least over the seeds; without the first day, at whose end ``static`` and
 ``daily refit`` are fitted for the first time, to matured labels. No method sees a row's label before it is
-known, and no label noise enters the losses.
+known, and no label noise enters the losses. All of it takes some 20 minutes of one processor.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def methods(labels: str) -> dict[str, Method]:
         "daily refit": Method(_MINUTES, refit, "matured"),
         **{
             f"decayed sketch, {half_life:,.0f} rows": Method(10, decayed(half_life), labels)
-            for half_life in (10_000.0, 30_000.0, 100_000.0)
+            for half_life in (3_000.0, 10_000.0, 30_000.0)
         },
         "kalman, one speed": Method(1, kalman(OnlineConfig(noise_factors=(1.0,))), labels),
         "kalman (default)": Method(1, kalman(OnlineConfig()), labels),

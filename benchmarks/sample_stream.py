@@ -30,6 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from benchmarks.process_memory import memory_mib
 from pipelines.feature_spec import Categorical, FeatureSpec, Numeric
 from pipelines.sample_stream import DataFile, SampleStream, to_training_set
 from pipelines.stream_columns import TRAINING_COLUMNS
@@ -253,7 +254,7 @@ def measured(way: str, paths: list[Path], rows: int) -> dict[str, float]:
         import torch
 
         torch.set_num_threads(1)
-    before, began, cpu = _memory("VmRSS"), time.perf_counter(), time.process_time()
+    before, began, cpu = memory_mib("VmRSS"), time.perf_counter(), time.process_time()
     count, total = 0, 0.0
     if way in TRAINING:
         count = TRAINING[way](paths)
@@ -268,14 +269,8 @@ def measured(way: str, paths: list[Path], rows: int) -> dict[str, float]:
         "sum": total,
         "wall": time.perf_counter() - began,
         "cpu": time.process_time() - cpu,
-        "grown": _memory("VmHWM") - before,
+        "grown": memory_mib("VmHWM") - before,
     }
-
-
-def _memory(name: str) -> float:
-    """MiB, from the kernel."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 def main() -> None:

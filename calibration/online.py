@@ -62,8 +62,8 @@ class OnlineConfig:
     """
 
     intercept_noise: float = 1e-7
-    slope_noise: float = 1e-8
-    noise_factors: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0)
+    slope_noise: float = 1e-9
+    noise_factors: tuple[float, ...] = (0.1, 0.5, 2.5, 12.5, 62.5, 312.5)
     half_life: float = 100_000.0
     intercept_deviation: float = 0.3
     slope_deviation: float = 0.1
@@ -268,7 +268,8 @@ class OnlinePlatt(Calibrator):
     @property
     def slope(self) -> float:
         """Mean of the belief about the slope; 1 at first."""
-        return float((self.shares * self._filters.slope).sum())
+        # About 1, so that where all filters say 1 the mean is 1 to the bit.
+        return 1.0 + float((self.shares * (self._filters.slope - 1.0)).sum())
 
     @property
     def intercept_variance(self) -> float:

@@ -90,7 +90,7 @@ class SketchCalibrator(Calibrator):
         return self.fit_sketch(self._learned() + other._learned())
 
     def frozen(self) -> Self:
-        """The same map without its sketch: what a release carries, some 300 kB lighter."""
+        """The same map without its sketch: what a release carries, some 100 kB lighter."""
         return self.of_parameters(self.parameters())
 
     def state(self) -> dict[str, Any]:

@@ -46,8 +46,9 @@ def fit_first_calibrator(
     ----------
     logit : ndarray, shape (n,)
     rows : TrainingSet
-    method : {"auto", "none", "platt", "isotonic"}
-        Taken as "none" where there are fewer than 20 positives or negatives.
+    method : str
+        ``auto`` or one of :data:`calibration.selection.METHODS`. Taken as ``none`` where there are
+        fewer than 20 positives or negatives.
     online : bool
         Add a line that goes on learning.
     segments : tuple of str

@@ -261,7 +261,9 @@ class DistillationConfig(Section):
 class CalibrationConfig(Section):
     """How logits become probabilities."""
 
-    method: Literal["auto", "none", "platt", "isotonic"] = "auto"
+    method: Literal[
+        "auto", "none", "temperature", "platt", "beta", "isotonic", "histogram", "plain_isotonic"
+    ] = "auto"
     online: bool = True
     segments: tuple[str, ...] = ("campaign_id",)
 

@@ -143,6 +143,33 @@ def test_the_choice_is_the_simplest_within_one_paired_standard_error() -> None:
     assert selection.method == qualified[0]
 
 
+def test_what_loses_ranks_is_shown_but_never_chosen() -> None:
+    # A truth of two steps, which plain isotonic is made for.
+    rng = np.random.default_rng(0)
+    logit = rng.normal(-2.5, 1.5, 60_000)
+    label = (rng.random(60_000) < np.select([logit < -3.0, logit < -1.5], [0.01, 0.1], 0.4)).astype(float)
+    selection = select_method(fold_sketches(logit, label))
+    assert min(selection.log_loss, key=selection.log_loss.__getitem__) == "plain_isotonic"
+    assert {"histogram", "plain_isotonic"} < set(selection.log_loss) == set(METHODS)
+    assert selection.standard_error["plain_isotonic"] > 0.0
+    assert selection.method == "isotonic"
+
+
+def test_named_they_are_taken_all_the_same() -> None:
+    logit, label = rows(20_000, 1, "curve")
+    chain = CalibrationChain.fit(logit, label, method="histogram")
+    assert chain.method == "histogram"
+    assert not chain.base.is_strict
+    again = CalibrationChain.from_json(chain.to_json())
+    assert (again.transform(logit) == chain.transform(logit)).all()
+
+
+def test_a_chain_carries_no_sketch() -> None:
+    for method in METHODS:
+        chain = CalibrationChain.fit(*rows(20_000, 1, "curve"), method=method)
+        assert len(chain.to_json()) < 60_000
+
+
 def test_folds_depend_on_the_row_number_only_and_are_even() -> None:
     logit, label = rows(50_000, 0, "line")
     folds, again = fold_sketches(logit, label), fold_sketches(logit, label)
