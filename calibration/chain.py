@@ -12,6 +12,7 @@ import numpy.typing as npt
 from calibration.base import Calibrator, checked_rows
 from calibration.identity import IdentityCalibrator
 from calibration.isotonic import IsotonicCalibrator
+from calibration.label_origin import LabelOrigin
 from calibration.link import LOGIT_LIMIT, FloatArray, sigmoid
 from calibration.online import OnlineConfig, OnlinePlatt, information_centre
 from calibration.platt import PlattCalibrator
@@ -24,7 +25,7 @@ from pipelines.errors import ConfigError, DataError, StaleStateError
 
 __all__ = ["STATE_VERSION", "CalibrationChain"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 _BASES: dict[str, type[IdentityCalibrator] | type[PlattCalibrator] | type[IsotonicCalibrator]] = {
     "identity": IdentityCalibrator,
     "platt": PlattCalibrator,
@@ -47,13 +48,15 @@ class CalibrationChain:
         Kept share of the negatives that the *model* was trained on.
     online : OnlinePlatt, optional
     segments : SegmentCorrection, optional
+    labels : LabelOrigin, optional
+        Which labels the learning parts hear. A chain that does not learn has none.
 
     Notes
     -----
     - Predict before you learn: :meth:`update` assumes that the rows were transformed first.
-    - Fit on mature labels, or on fresh rows with the weights of their label policy
-      (:func:`calibration.delayed.
-      fnw_weight` of this chain's own :meth:`transform`); never on raw stream rows.
+    - Fit on mature labels, or on fresh rows with the weights of their label policy or of a delay curve
+      (:func:`calibration.delayed.exposure_weights` of this chain's own :meth:`transform`); never on raw
+      stream rows.
 
     Examples
     --------
@@ -78,11 +81,13 @@ class CalibrationChain:
         negative_sampling_rate: float = 1.0,
         online: OnlinePlatt | None = None,
         segments: SegmentCorrection | None = None,
+        labels: LabelOrigin | None = None,
     ) -> None:
         self.sampling = SamplingCorrection(negative_sampling_rate)
         self.base: Calibrator = base if base is not None else IdentityCalibrator()
         self.online = online
         self.segments = segments
+        self.labels = labels
 
     # -- fitting ----------------------------------------------------------------------------------------
 
@@ -240,6 +245,7 @@ class CalibrationChain:
             "base": self.base.state(),
             "online": None if self.online is None else self.online.state(),
             "segments": None if self.segments is None else self.segments.state(),
+            "labels": None if self.labels is None else self.labels.state(),
         }
 
     @classmethod
@@ -252,7 +258,9 @@ class CalibrationChain:
                 hint="calibrate again, or use the program version that wrote it",
             )
         expect_fields(
-            state, "calibration_chain", ("version", "negative_sampling_rate", "base", "online", "segments")
+            state,
+            "calibration_chain",
+            ("version", "negative_sampling_rate", "base", "online", "segments", "labels"),
         )
         base_kind = state["base"].get("kind") if isinstance(state["base"], Mapping) else None
         if base_kind not in _BASES:
@@ -262,6 +270,7 @@ class CalibrationChain:
             negative_sampling_rate=finite(state, "negative_sampling_rate"),
             online=None if state["online"] is None else OnlinePlatt.from_state(state["online"]),
             segments=None if state["segments"] is None else SegmentCorrection.from_state(state["segments"]),
+            labels=None if state["labels"] is None else LabelOrigin.from_state(state["labels"]),
         )
 
     def to_json(self) -> str:

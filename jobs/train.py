@@ -34,11 +34,12 @@ def train(snapshot: str | Path, releases: Path, config: Config) -> tuple[FirstRe
     DataError
         If the snapshot is damaged, or no task in it can be trained.
     """
+    from jobs.calibration_labels import label_origin
     from jobs.publishing import write_first
     from jobs.single_thread import use_one_thread
     from jobs.training import train_models
     from pipelines.delay import DelayCurve
-    from pipelines.label_plan import late_share, settle_labels
+    from pipelines.label_plan import late_share, settle_labels, thinned
     from pipelines.snapshot import read_manifest, read_spec
     from pipelines.streamed_rows import StreamedRows
 
@@ -49,7 +50,8 @@ def train(snapshot: str | Path, releases: Path, config: Config) -> tuple[FirstRe
     sets = {task: StreamedRows.of_snapshot(snapshot, task) for task in tasks}
     curves = {task: DelayCurve.from_state(manifest.tasks[task].delay_curve) for task in tasks}
     config = settle_labels(config, curves)
-    trained = train_models(sets, spec, config, segments=manifest.segments)
+    labels = {task: label_origin(config, task, thinned(curve)) for task, curve in curves.items()}
+    trained = train_models(sets, spec, config, segments=manifest.segments, labels=labels)
     for task, reason in trained.skipped.items():
         log.warning("task skipped task=%s reason=%r", task, reason)
     if not trained.models:
