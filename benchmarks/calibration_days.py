@@ -2,12 +2,13 @@
 
 ::
 
-    make bench-calibration-days ARGS='--events FOLDER --task conversion --set attribution.attribution_window=1d'
+    make bench-calibration-days ARGS='--events FOLDER --task click'
+    make bench-calibration-days ARGS='--events FOLDER --task conversion --set KEY=VALUE'
 
 Each kind of labels is a whole backtest of the log, as in `benchmarks.online`; the student is the same in all
 of them. Beside them stand its own probability (``raw``) and its first calibrator, never updated (``static``).
-A cell is PCOC, predicted over observed, with its standard error, and the log loss (nats) below. Rows are those
-whose window has closed, by the day (UTC) of its opening.
+A cell is PCOC, predicted over observed, with its standard error, and the log loss (nats) below. Judged are
+windows that have closed, by the day (UTC) of their opening.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ from calibration.state import digest
 from pipelines.config import Config, Task
 from pipelines.delay import DelayCurve
 from pipelines.duration import DAY_MS
+from pipelines.errors import DataError
 from pipelines.label_windows import AT_ONCE
 
-__all__ = ["LARGEST_UNEVENNESS", "checked_origin", "label_origin"]
+__all__ = ["LARGEST_UNEVENNESS", "begun_origin", "label_origin"]
 
 # Mean difference between delay curves of parts of the day and the common one up to which the share of the
 # outcomes that should have come by an age can be told from the age alone.
@@ -34,15 +35,27 @@ def label_origin(
         How late the outcomes come.
     unevenness : float, optional
         `pipelines.delay_evenness.delay_unevenness` of the same outcomes.
+
+    Raises
+    ------
+    DataError
+        If ``delay_model`` is asked for and there are too few outcomes for a curve.
     """
     mode, policy = config.calibration.labels, config.policy(task)
-    has_curve = curve is not None and len(curve.delay) > 0
+    curve = curve if curve is not None else DelayCurve(np.zeros(0), np.zeros(0), 0.0)
+    has_curve = len(curve.delay) > 0
     if mode == "auto":
         is_even = unevenness is not None and unevenness <= LARGEST_UNEVENNESS
         mode = "delay_model" if has_curve and is_even else "matured"
+    if mode == "delay_model" and not has_curve:
+        raise DataError(
+            f"calibration.labels = delay_model needs a delay curve; the {task} task has {curve.support:g} "
+            "outcomes to learn one from.",
+            hint="a longer warm-up, or calibration.labels = matured",
+        )
     width = config.attribution.width(task)
     closing = width + config.attribution.allowed_lateness
-    mean = int(np.mean(curve.inverse((np.arange(64) + 0.5) / 64))) if curve is not None else width
+    mean = int(np.mean(curve.inverse((np.arange(64) + 0.5) / 64))) if has_curve else width
     if mode == "delay_model" or (mode == "policy" and policy in AT_ONCE):
         lag = mean
     elif mode == "matured" or policy == "wait":
@@ -52,25 +65,18 @@ def label_origin(
     return LabelOrigin(mode, policy, width, lag, _digest(curve) if mode == "delay_model" else None)
 
 
-def checked_origin(
+def begun_origin(
     origin: LabelOrigin | None, config: Config, task: Task, curve: DelayCurve | None
 ) -> LabelOrigin:
-    """The origin of a chain, if the configuration asks for the same; its own where the chain has none.
+    """The origin for a calibrator that has heard no label yet, and whose model was trained with ``origin``.
 
-    Raises
-    ------
-    StaleStateError
-        If the chain was made to learn from other labels.
+    What training has settled for ``auto`` stands; a named kind of labels is taken at its word.
     """
-    if origin is None:
-        return label_origin(config, task, curve)
-    if config.calibration.labels == "auto":
-        # What was settled is taken at its word; the rest must fit.
+    if origin is not None and config.calibration.labels == "auto":
         calibration = config.calibration.model_copy(update={"labels": origin.mode})
         config = config.model_copy(update={"calibration": calibration})
-    origin.refuse_other(label_origin(config, task, curve), f"the {task} calibrator")
-    return origin
+    return label_origin(config, task, curve)
 
 
-def _digest(curve: DelayCurve | None) -> str:
-    return digest((curve or DelayCurve(np.zeros(0), np.zeros(0), 0.0)).state())
+def _digest(curve: DelayCurve) -> str:
+    return digest(curve.state())

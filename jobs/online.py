@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from calibration.chain import CalibrationChain
 from jobs.calibration_feed import CalibrationFeed
-from jobs.calibration_labels import checked_origin
+from jobs.calibration_labels import begun_origin
 from jobs.prepared import StepEvents, Teacher
 from jobs.progressive import JudgedRows, ProgressiveQuality, mature_rows, provisional_rows
 from jobs.progressive_segments import SegmentQuality
@@ -330,7 +330,7 @@ class OnlineLoop:
         """What the calibrator of a task is to hear."""
         curve, rule = self.delay.get(task), self.config.attribution
         chain = self.calibrators[task]
-        chain.labels = checked_origin(chain.labels, self.config, task, curve)
+        chain.labels = begun_origin(chain.labels, self.config, task, curve)
         return CalibrationFeed(
             TASKS.index(task),
             self.tasks.index(task),

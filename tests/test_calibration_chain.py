@@ -300,7 +300,7 @@ def test_text_that_is_no_chain_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [{"version": 2}, {"base": {"kind": "beta"}}, {"base": None}, {"online": {"kind": "platt"}}, {"extra": 1}],
+    [{"version": 1}, {"base": {"kind": "beta"}}, {"base": None}, {"online": {"kind": "platt"}}, {"extra": 1}],
 )
 def test_state_with_a_damaged_part_is_refused(damage: dict[str, Any]) -> None:
     chain, *_ = full_chain()
