@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from calibration.chain import CalibrationChain
 from calibration.delayed import exposure_weights
-from calibration.label_origin import MODES, LabelOrigin
+from calibration.label_origin import LabelOrigin
 from calibration.online import OnlineConfig, OnlinePlatt
 from jobs.calibration_feed import CalibrationFeed
 from jobs.calibration_labels import begun_origin, label_origin
