@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from calibration.base import Calibrator, checked_rows
 from calibration.identity import IdentityCalibrator
+from calibration.label_origin import LabelOrigin
 from calibration.link import LOGIT_LIMIT, FloatArray, sigmoid
 from calibration.online import OnlineConfig, OnlinePlatt, information_centre
 from calibration.sampling import SamplingCorrection
@@ -40,13 +41,15 @@ class CalibrationChain:
         Kept share of the negatives that the *model* was trained on.
     online : OnlinePlatt, optional
     segments : SegmentCorrection, optional
+    labels : LabelOrigin, optional
+        Which labels the learning parts hear. A chain that does not learn has none.
 
     Notes
     -----
     - Predict before you learn: :meth:`update` assumes that the rows were transformed first.
-    - Fit on mature labels, or on fresh rows with the weights of their label policy
-      (:func:`calibration.delayed.
-      fnw_weight` of this chain's own :meth:`transform`); never on raw stream rows.
+    - Fit on mature labels, or on fresh rows with the weights of their label policy or of a delay curve
+      (:func:`calibration.delayed.exposure_weights` of this chain's own :meth:`transform`); never on raw
+      stream rows.
 
     Examples
     --------
@@ -71,11 +74,13 @@ class CalibrationChain:
         negative_sampling_rate: float = 1.0,
         online: OnlinePlatt | None = None,
         segments: SegmentCorrection | None = None,
+        labels: LabelOrigin | None = None,
     ) -> None:
         self.sampling = SamplingCorrection(negative_sampling_rate)
         self.base: Calibrator = base if base is not None else IdentityCalibrator()
         self.online = online
         self.segments = segments
+        self.labels = labels
 
     # -- fitting ----------------------------------------------------------------------------------------
 
@@ -233,6 +238,7 @@ class CalibrationChain:
             "base": self.base.state(),
             "online": None if self.online is None else self.online.state(),
             "segments": None if self.segments is None else self.segments.state(),
+            "labels": None if self.labels is None else self.labels.state(),
         }
 
     @classmethod
@@ -245,7 +251,9 @@ class CalibrationChain:
                 hint="calibrate again, or use the program version that wrote it",
             )
         expect_fields(
-            state, "calibration_chain", ("version", "negative_sampling_rate", "base", "online", "segments")
+            state,
+            "calibration_chain",
+            ("version", "negative_sampling_rate", "base", "online", "segments", "labels"),
         )
         base_kind = state["base"].get("kind") if isinstance(state["base"], Mapping) else None
         if base_kind not in METHODS:
@@ -257,6 +265,7 @@ class CalibrationChain:
             negative_sampling_rate=finite(state, "negative_sampling_rate"),
             online=None if state["online"] is None else OnlinePlatt.from_state(state["online"]),
             segments=None if state["segments"] is None else SegmentCorrection.from_state(state["segments"]),
+            labels=None if state["labels"] is None else LabelOrigin.from_state(state["labels"]),
         )
 
     def to_json(self) -> str:

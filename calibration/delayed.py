@@ -9,7 +9,7 @@ from calibration.base import checked_label, checked_probability
 from calibration.link import FloatArray
 from pipelines.errors import DataError
 
-__all__ = ["fnw_weight"]
+__all__ = ["exposure_weights", "fnw_weight"]
 
 
 def fnw_weight(probability: npt.ArrayLike, label: npt.ArrayLike) -> FloatArray:
@@ -66,3 +66,69 @@ def fnw_weight(probability: npt.ArrayLike, label: npt.ArrayLike) -> FloatArray:
         raise DataError("fnw weights need labels of 0 or 1; got a soft label.")
     weight: FloatArray = np.where(y == 1.0, 1.0 + f, (1.0 - f) * (1.0 + f))
     return weight
+
+
+def exposure_weights(
+    probability: npt.ArrayLike, label: npt.ArrayLike, heard: npt.ArrayLike, share: npt.ArrayLike
+) -> tuple[FloatArray, FloatArray]:
+    """Weights ``(positive, negative)`` of what windows have shown since they were last looked at.
+
+    A window is looked at again and again while it is open. With ``F`` the share of the outcomes that have
+    come by an age, ``F0`` at the last look, ``F1`` now, and ``f`` the *current* calibrated probability (never
+    differentiated)::
+
+        no outcome yet:     0                         (1 - f)(F1 - F0) / ((1 - f F0)(1 - f F1))
+        an outcome of c:    c / (1 - f F0)            (1 - c)(1 - F0) / (1 - f F0)
+
+    and after an outcome the window is not looked at any more. These are the weights of log loss that have the
+    gradient of the likelihood of the stretch: ``h = f (F1 - F0) / (1 - f F0)`` is the chance of an outcome in
+    it, and the derivatives of ``log h`` and ``log(1 - h)`` by the logit of ``f`` are ``(1 - f) / (1 - f F0)``
+    and ``-f (1 - f)(F1 - F0) / ((1 - f F0)(1 - f F1))``.
+
+    The second is a difference of ``f (1 - f) F / (1 - f F)`` at ``F1`` and ``F0``: looks add up. So a window
+    that has closed has said ``1 - f`` with an outcome and ``-f`` without, exactly what its final label says,
+    whatever ``F`` was and however often one looked (``f`` moves a little in between). ``F`` decides only when
+    it is said.
+
+    Parameters
+    ----------
+    probability : array_like, shape (n,), probability space
+        In (0, 1).
+    label : array_like, shape (n,), in [0, 1]
+        The outcome known by now.
+    heard, share : array_like, shape (n,), in [0, 1]
+        ``F0 <= F1``.
+
+    Returns
+    -------
+    positive, negative : ndarray, shape (n,)
+
+    Raises
+    ------
+    DataError
+        Values outside their range.
+
+    References
+    ----------
+    Chapelle (2014), Modeling delayed feedback in display advertising, KDD: the likelihood, here cut into
+    stretches of age.
+
+    Examples
+    --------
+    Two looks without an outcome are one:
+
+    >>> one = exposure_weights([0.2, 0.2], [0, 0], [0.0, 0.5], [0.5, 1.0])[1].sum()
+    >>> two = exposure_weights([0.2], [0], [0.0], [1.0])[1].sum()
+    >>> round(float(one), 12), round(float(two), 12)
+    (1.0, 1.0)
+    """
+    f = checked_probability(probability)
+    c = checked_label(label, len(f))
+    before, now = np.asarray(heard, np.float64), np.where(c > 0.0, 1.0, np.asarray(share, np.float64))
+    if not ((before >= 0.0) & (before <= now) & (now <= 1.0)).all():
+        raise DataError(
+            "expected 0 <= heard <= share <= 1: the share of outcomes that have come cannot fall."
+        )
+    at_risk = 1.0 - f * before
+    negative: FloatArray = (1.0 - c) * (1.0 - f) * (now - before) / (at_risk * (1.0 - f * now))
+    return c / at_risk, negative

@@ -208,7 +208,7 @@ def _warm_up(plan: _Plan, loop: OnlineLoop) -> tuple[FirstReleases, dict[str, st
         warm_up.add(loop.step(events))
     plan.clock.lap("warm_up")
     sets = warm_up.training_sets()
-    trained = train_models(sets, spec, plan.config, segments=segments)
+    trained = train_models(sets, spec, plan.config, segments=segments, labels=warm_up.labels)
     for task, reason in trained.skipped.items():
         log.warning("task skipped task=%s reason=%r", task, reason)
     if not trained.models:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
 from calibration.chain import CalibrationChain
+from calibration.label_origin import LabelOrigin
 from calibration.online import OnlineConfig
 from calibration.segments import SegmentConfig
 from jobs.held_out import enough_of_both
 from models.base import sigmoid
-from models.losses import cure_posterior
+from models.losses import cure_base_rate, cure_posterior
 from pipelines.training_set import TrainingSet
 
 __all__ = ["fit_first_calibrator"]
@@ -19,9 +22,10 @@ __all__ = ["fit_first_calibrator"]
 _LARGEST_CHANGE = 1e-4
 _MAXIMUM_STEPS = 50
 _LARGEST_SHIFT = 30.0
-# The line starts from a fitted base, so it is known better than one that starts from nothing: with wider
+# A line that starts from a fitted base is known better than one that starts from nothing: with wider
 # deviations the first few hundred outcomes of a rare task move it by more than they know.
-_ONLINE = OnlineConfig(intercept_deviation=0.1, slope_deviation=0.03)
+_ON_A_BASE = OnlineConfig(intercept_deviation=0.1, slope_deviation=0.03)
+_ON_NOTHING = OnlineConfig(intercept_deviation=0.3, slope_deviation=0.3)
 
 
 def fit_first_calibrator(
@@ -31,6 +35,8 @@ def fit_first_calibrator(
     *,
     online: bool,
     segments: tuple[str, ...] = (),
+    labels: LabelOrigin | None = None,
+    traffic: float = 0.0,
 ) -> CalibrationChain:
     """Fit the shape of a chain to logits of rows that the model had not learned when it predicted them.
 
@@ -40,7 +46,9 @@ def fit_first_calibrator(
     2. A row without an outcome so far is a soft row: with ``r = P(y = 1 | nothing seen yet)`` it counts as
        ``r`` of a positive and ``1 - r`` of a negative. ``r`` needs a calibrated probability, so the two are
        found in turn (EM: Platt's line from the soft rows, soft rows from the line) until ``r`` rests.
-    3. The method asked for is fitted to the shifted logits and the last soft rows.
+    3. The method asked for is fitted to the shifted logits and the last soft rows. With a line that goes on
+       learning, ``auto`` is "none": a student unlearns the shape of its errors within days, a fixed base does
+       not, and a line that starts uncertain finds in hours what is there to correct.
 
     Parameters
     ----------
@@ -53,22 +61,47 @@ def fit_first_calibrator(
         Add a line that goes on learning.
     segments : tuple of str
         Names of the columns of ``rows.segment_key``; empty adds no segment correction.
+    labels : LabelOrigin, optional
+        What the line will learn from.
+    traffic : float
+        Rows of the log in a millisecond, in the mean over whole days if there are any; 0: not known.
     """
-    if enough_of_both(rows) is not None:
-        method = "none"
+    is_enough = enough_of_both(rows) is None and method != "none"
     label, weight = rows.label.astype(np.float64), rows.weight.astype(np.float64)
-    if method != "none":
+    if is_enough:
         logit = logit + _level_shift(logit, rows, weight)
         label = _soft_labels(logit, rows, weight)
-    return CalibrationChain.fit(
+    if not is_enough or (online and method == "auto"):
+        method = "none"
+    start = _ON_NOTHING if method == "none" else _ON_A_BASE
+    chain = CalibrationChain.fit(
         logit,
         label,
         weight,
         method=method,
-        online=_ONLINE if online else None,
+        online=_unhurried(start, rows, labels, traffic) if online else None,
         segments=SegmentConfig(segments) if segments else None,
-        segment_keys=rows.segment_key if segments and method != "none" else None,
+        segment_keys=rows.segment_key if segments and is_enough else None,
     )
+    chain.labels = labels if online else None
+    return chain
+
+
+def _unhurried(
+    config: OnlineConfig, rows: TrainingSet, labels: LabelOrigin | None, traffic: float
+) -> OnlineConfig:
+    """The line's noise such that it remembers at least the rows of one label lag.
+
+    What changes faster than labels come is over when it is heard of; following it adds noise, no knowledge.
+    The filter remembers ``1 / sqrt(noise * p (1 - p))`` rows.
+    """
+    if labels is None or labels.lag == 0 or traffic <= 0.0 or len(rows) == 0:
+        return config
+    weight = rows.weight.astype(np.float64)
+    rate = cure_base_rate(rows.label.astype(np.float64), rows.observed_share.astype(np.float64), weight)
+    lagging = traffic * labels.lag * float(weight.mean())
+    noise = min(config.intercept_noise, 1.0 / (rate * (1.0 - rate) * lagging**2))
+    return replace(config, intercept_noise=noise, slope_noise=noise / 10.0)
 
 
 def _level_shift(logit: NDArray[np.float64], rows: TrainingSet, weight: NDArray[np.float64]) -> float:

@@ -13,13 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.chain import CalibrationChain
+from jobs.calibration_feed import CalibrationFeed
+from jobs.calibration_labels import begun_origin
 from jobs.prepared import StepEvents, Teacher
 from jobs.progressive import JudgedRows, ProgressiveQuality, mature_rows, provisional_rows
 from jobs.progressive_segments import SegmentQuality
 from jobs.teacher_age import TeacherAge
 from models.base import sigmoid
 from models.late_head import LateHead
-from models.losses import SAYS_THE_SAME, policy_weights
 from models.student import LearnBatch, Student
 from monitoring.accounting import Accounting
 from pipelines.config import Config, Task
@@ -36,8 +37,11 @@ __all__ = ["OnlineLoop", "Predicted", "StepResult"]
 Floats = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
 
-# Of these a window's later rows are of no use without its first.
-_SAY_AGAIN = ("vanilla", "fnw", "fnc", "esdfm", "defer", "defuse", "bidefuse")
+# What travels with an impression for the calibrators, and how it is before anything is known.
+_HEARD: dict[str, tuple[type[np.generic], float]] = {
+    "first_logit": (np.float32, np.nan),
+    "heard": (np.bool_, False),
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ class OnlineLoop:
         joined = joiner.process(events)          # what has become known
         judge(joined)                            # what was predicted when the impression arrived
         learn(joined.examples + replay)
-        calibrate(joined.examples)               # on the same predictions
+        calibrate(joined)                        # on what was said before learning
 
     The state after a step depends on the events and on where the steps were cut, on nothing else.
     """
@@ -109,6 +113,7 @@ class OnlineLoop:
         self.tasks: tuple[Task, ...] = ()
         self.students: dict[Task, Student] = {}
         self.calibrators: dict[Task, CalibrationChain] = {}
+        self.feeds: dict[Task, CalibrationFeed] = {}
         self.late_share: dict[Task, float] = {}
         self.delay: dict[Task, DelayCurve] = {}
         self.late_heads: dict[Task, LateHead] = {}
@@ -143,8 +148,10 @@ class OnlineLoop:
         learned = 0
         for column, task in enumerate(self.tasks):
             index = TASKS.index(task)
+            if task in self.feeds:
+                self.feeds[task].note(self.joiner, self.students[task], joined.examples[index])
             learned += self._learn(task, column, joined.examples[index])
-            self._calibrate(task, column, joined.examples[index])
+        self._calibrate(joined)
         for task in self.replay:
             self._remember(task, joined.examples[TASKS.index(task)])
         self._account(events, joined)
@@ -168,9 +175,7 @@ class OnlineLoop:
         """End the warm-up: from the next step on, predict and learn.
 
         Impressions whose windows are open were learned from, so a prediction of them is no progressive one
-        and is not calibrated on. One exception: where a policy says windows again, their negatives have been
-        said during the warm-up and their positives are still to come; without these the calibrator would hear
-        too few positives until the window of the first impression has closed.
+        and is not calibrated on.
 
         ``late_share`` is, by task, the share of the outcomes that come after the observation window (1 where
         it is not known); ``delay`` says how late they come (policy ``relabel``; without it no row is taken to
@@ -189,6 +194,8 @@ class OnlineLoop:
             for task, student in students.items()
             if self.config.policy(task) == "bidefuse"
         }
+        if self.config.calibration.online:
+            self.feeds = {task: self._feed(task) for task in self.tasks}
         self.replay = {task: self.replay[task] for task in self.tasks}
         features = self.joiner.features
         if "buckets" not in features:
@@ -198,11 +205,12 @@ class OnlineLoop:
         slots = np.unique(np.concatenate([self.joiner.open_windows(index).slot for index in windows]))
         buckets, numbers = features["buckets"][slots], features["numbers"][slots]
         keys, ids = features["segment_key"][slots], None if ids is None else ids[slots]
+        shape = (len(features["buckets"]), len(self.tasks))
         for name in ("teacher_logit", "logit", "probability"):
-            features[name] = np.full((len(features["buckets"]), len(self.tasks)), np.nan, np.float32)
+            features[name] = np.full(shape, np.nan, np.float32)
+        for name, (dtype, value) in _HEARD.items():
+            features[name] = np.full(shape, value, dtype)
         for column, task in enumerate(self.tasks if len(slots) else ()):
-            if self.config.policy(task) in _SAY_AGAIN:
-                features["logit"][slots, column] = students[task].predict_logit(buckets, numbers, ids)
             features["teacher_logit"][slots, column] = teachers[task].calibrated_logit(
                 buckets, numbers, keys, ids
             )
@@ -236,6 +244,8 @@ class OnlineLoop:
         arrivals = events.arrivals
         arrivals.features["logit"] = predicted.logit.astype(np.float32)
         arrivals.features["probability"] = predicted.probability.astype(np.float32)
+        for name, (dtype, value) in _HEARD.items():
+            arrivals.features[name] = np.full(predicted.logit.shape, value, dtype)
         if len(arrivals):
             self.last_event_time = max(self.last_event_time, int(arrivals.event_time.max()))
         self.clock = max(self.clock, events.clock)
@@ -316,29 +326,31 @@ class OnlineLoop:
             return 1.0 - self.delay[task].cdf(elapsed) if task in self.delay else np.zeros(len(elapsed))
         return np.full(len(elapsed), self.late_share[task])
 
-    def _calibrate(self, task: Task, column: int, examples: Examples) -> None:
-        """Update the calibrator from what was predicted when each impression arrived."""
-        chain, features = self.calibrators[task], self.joiner.features
-        if not self.config.calibration.online or len(examples) == 0:
+    def _feed(self, task: Task) -> CalibrationFeed:
+        """What the calibrator of a task is to hear."""
+        curve, rule = self.delay.get(task), self.config.attribution
+        chain = self.calibrators[task]
+        chain.labels = begun_origin(chain.labels, self.config, task, curve)
+        return CalibrationFeed(
+            TASKS.index(task),
+            self.tasks.index(task),
+            chain.labels,
+            curve,
+            lambda elapsed: self._late_share(task, elapsed),
+            clock=self.clock,
+            patience=rule.width(task) + rule.allowed_lateness,
+        )
+
+    def _calibrate(self, joined: Joined) -> None:
+        """Update the calibrators from labels that have become known."""
+        if "segment_key" not in self.joiner.features:
             return
-        logit = features["logit"][examples.slot, column].astype(np.float64)
-        known = np.isfinite(logit)
-        if not known.any():
-            return
-        slot, logit = examples.slot[known], logit[known]
-        label, weight = examples.label[known].astype(np.float64), examples.weight[known]
-        keys = features["segment_key"][slot]
-        # Calibrators hear single rows.
-        policy = SAYS_THE_SAME.get(self.config.policy(task), self.config.policy(task))
-        late_share = self._late_share(task, examples.elapsed[known])
-        positive, negative = policy_weights(policy, label, chain.transform(logit, keys), late_share)
-        total = positive + negative
-        soft = np.divide(positive, total, out=label, where=total > 0)
-        chain.update(logit, soft, weight * total, keys)
-        if self.clock // HOUR_MS != self.refitted_hour:
+        for task, feed in self.feeds.items():
+            feed.teach(self.calibrators[task], self.joiner, joined, self.clock)
+        if self.feeds and self.clock // HOUR_MS != self.refitted_hour:
             # How far segments are shrunk is estimated anew once an hour of event time.
-            for own in self.calibrators.values():
-                own.refit()
+            for chain in self.calibrators.values():
+                chain.refit()
             self.refitted_hour = self.clock // HOUR_MS
 
     def _remember(self, task: Task, examples: Examples) -> None:

@@ -85,6 +85,7 @@ def _rest_of_state(loop: OnlineLoop) -> tuple[Arrays, dict[str, Any]]:
         "accounting": loop.accounting.state(),
         "progressive": loop.progressive.state(),
         "calibrators": {task: chain.state() for task, chain in loop.calibrators.items()},
+        "calibration_feeds": {task: feed.state() for task, feed in loop.feeds.items()},
         "frozen": _checked_frozen(loop),
         "replay": {},
     }
@@ -135,9 +136,25 @@ def load_loop_state(loop: OnlineLoop, arrays: Arrays, plain: dict[str, Any]) -> 
             raise StaleStateError(f"the frozen layers of the {task} student are not those of the checkpoint.")
         if task in loop.late_heads:
             loop.late_heads[task].load_state(under(arrays, f"late_head/{task}/"))
-        loop.calibrators[task] = CalibrationChain.from_state(plain["calibrators"][task])
+        loop.calibrators[task] = _same_labels(
+            CalibrationChain.from_state(plain["calibrators"][task]), loop.calibrators[task], task
+        )
+        if task in loop.feeds:
+            loop.feeds[task].load_state(plain["calibration_feeds"][task])
         loop.replay[task].load_state(under(arrays, f"replay/{task}/"), plain["replay"][task])
     loop.joiner.load_state(under(arrays, "joiner/"), plain["joiner"])
+
+
+def _same_labels(chain: CalibrationChain, begun: CalibrationChain, task: str) -> CalibrationChain:
+    """The chain, if it has heard labels of the origin that the loop has begun with."""
+    if chain.labels is not None and begun.labels is not None:
+        chain.labels.refuse_other(begun.labels, f"the {task} calibrator of the checkpoint")
+    elif chain.labels is not begun.labels:
+        raise StaleStateError(
+            f"of the {task} calibrators of checkpoint and release one learns online, the other does not.",
+            hint="set calibration.online as it was",
+        )
+    return chain
 
 
 def under(arrays: Mapping[str, NDArray[Any]], prefix: str) -> Arrays:

@@ -14,7 +14,7 @@ from models.base import sigmoid
 from models.losses import SAYS_THE_SAME, policy_weights
 from monitoring.quality import QualitySums
 from monitoring.soft_quality import quality_amounts, quality_sums
-from pipelines.duration import HOUR_MS
+from pipelines.duration import DAY_MS, HOUR_MS
 from pipelines.joined import Closed, Examples
 from pipelines.label_news import FIRST
 
@@ -179,6 +179,14 @@ class ProgressiveQuality:
     def hours(self, maturity: Maturity = "mature") -> list[tuple[str, int, str, dict[str, Any]]]:
         """Task, start of the hour (ms), predictor and figures, in order."""
         return [(task, hour * HOUR_MS, name, sums.value()) for task, hour, name, sums in self._of(maturity)]
+
+    def days(self, maturity: Maturity = "mature") -> list[tuple[str, int, str, dict[str, Any]]]:
+        """The same by day (UTC): task, start of the day (ms), predictor and figures, in order."""
+        found: dict[tuple[str, int, str], QualitySums] = {}
+        for task, hour, name, sums in self._of(maturity):
+            day = hour * HOUR_MS // DAY_MS * DAY_MS
+            found[task, day, name] = found.get((task, day, name), QualitySums()).merge(sums)
+        return [(task, day, name, sums.value()) for (task, day, name), sums in found.items()]
 
     def totals(self, task: str, predictor: str, maturity: Maturity = "mature") -> QualitySums:
         """The sums of all hours that are kept."""

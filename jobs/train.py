@@ -16,11 +16,14 @@ from pipelines.errors import DataError
 
 if TYPE_CHECKING:
     from jobs.publishing import FirstReleases
-    from pipelines.config import Config
+    from pipelines.config import Config, Task
+    from pipelines.snapshot_manifest import SnapshotManifest
 
 __all__ = ["command", "train"]
 
 log = logging.getLogger(__name__)
+
+_OUTCOMES_READ = 65_536
 
 
 def train(snapshot: str | Path, releases: Path, config: Config) -> tuple[FirstReleases, dict[str, str]]:
@@ -34,11 +37,12 @@ def train(snapshot: str | Path, releases: Path, config: Config) -> tuple[FirstRe
     DataError
         If the snapshot is damaged, or no task in it can be trained.
     """
+    from jobs.calibration_labels import label_origin
     from jobs.publishing import write_first
     from jobs.single_thread import use_one_thread
     from jobs.training import train_models
     from pipelines.delay import DelayCurve
-    from pipelines.label_plan import late_share, settle_labels
+    from pipelines.label_plan import late_share, settle_labels, thinned
     from pipelines.snapshot import read_manifest, read_spec
     from pipelines.streamed_rows import StreamedRows
 
@@ -49,7 +53,11 @@ def train(snapshot: str | Path, releases: Path, config: Config) -> tuple[FirstRe
     sets = {task: StreamedRows.of_snapshot(snapshot, task) for task in tasks}
     curves = {task: DelayCurve.from_state(manifest.tasks[task].delay_curve) for task in tasks}
     config = settle_labels(config, curves)
-    trained = train_models(sets, spec, config, segments=manifest.segments)
+    labels = {
+        task: label_origin(config, task, thinned(curve), _unevenness(snapshot, manifest, task))
+        for task, curve in curves.items()
+    }
+    trained = train_models(sets, spec, config, segments=manifest.segments, labels=labels)
     for task, reason in trained.skipped.items():
         log.warning("task skipped task=%s reason=%r", task, reason)
     if not trained.models:
@@ -73,6 +81,23 @@ def train(snapshot: str | Path, releases: Path, config: Config) -> tuple[FirstRe
     if config.tracking.uri:
         _track(config, first, manifest.snapshot_id, {t: one.report for t, one in trained.models.items()})
     return first, dict(trained.skipped)
+
+
+def _unevenness(snapshot: str | Path, manifest: SnapshotManifest, task: Task) -> float | None:
+    """How far delays depend on the time of day, from the outcomes in a snapshot."""
+    import pyarrow as pa
+
+    from pipelines.delay_evenness import delay_unevenness
+    from pipelines.sample_stream import SampleStream
+    from pipelines.snapshot import SAMPLE_SCHEMA, data_files
+
+    schema = pa.schema([SAMPLE_SCHEMA.field(name) for name in ("label", "event_time", "outcome_known_at")])
+    # Above 0, whatever the credit.
+    outcomes = SampleStream.of(data_files(snapshot, task, manifest), schema).filter("label", 1e-30)
+    rows = pa.Table.from_batches(outcomes.batch(_OUTCOMES_READ), schema)
+    opened, known = (rows.column(name).to_numpy() for name in ("event_time", "outcome_known_at"))
+    follow_up = manifest.as_of - opened
+    return delay_unevenness(opened, (known - opened).clip(0, follow_up), follow_up)
 
 
 def _track(config: Config, first: FirstReleases, snapshot: str, reports: Mapping[str, Any]) -> None:

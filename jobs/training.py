@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.chain import CalibrationChain
+from calibration.label_origin import LabelOrigin
 from calibration.segment_levels import levels_over, segment_columns
 from jobs.first_calibration import fit_first_calibrator
 from jobs.held_out import figures, progressive_logit
@@ -64,6 +65,7 @@ def train_models(
     *,
     now_split: int | None = None,
     segments: tuple[str, ...] | None = None,
+    labels: Mapping[Task, LabelOrigin] | None = None,
 ) -> Trained:
     """Train, evaluate and calibrate.
 
@@ -93,6 +95,8 @@ def train_models(
         Event time (ms) from which rows are held out.
     segments : tuple of str, optional
         Names of the columns of ``segment_key``; those of ``config.calibration.segments`` without it.
+    labels : mapping of task to LabelOrigin, optional
+        What the students' calibrators will learn from online.
 
     Returns
     -------
@@ -115,12 +119,17 @@ def train_models(
         if isinstance(split, str):
             skipped[task] = split
         else:
-            models[task] = _train_task(task, split, spec, config, names)
+            models[task] = _train_task(task, split, spec, config, names, (labels or {}).get(task))
     return Trained(models, skipped)
 
 
 def _train_task(
-    task: Task, split: TaskSplit, spec: FeatureSpec, config: Config, segments: tuple[str, ...]
+    task: Task,
+    split: TaskSplit,
+    spec: FeatureSpec,
+    config: Config,
+    segments: tuple[str, ...],
+    labels: LabelOrigin | None,
 ) -> TaskModels:
     delay = _label_delay(task, split.span, config)
     method = config.calibration.method
@@ -138,7 +147,13 @@ def _train_task(
     frozen_logit = student.predict_logit(held_out.buckets, held_out.numbers, held_out.ids)
     logit = progressive_logit(student, held_out, delay)
     student_calibrator = fit_first_calibrator(
-        logit, held_out, method, online=config.calibration.online, segments=_levels(segments, config)
+        logit,
+        held_out,
+        method,
+        online=config.calibration.online,
+        segments=_levels(segments, config),
+        labels=labels,
+        traffic=len(train) / max(split.span, 1),
     )
     report["student"] = _summary(logit, held_out, base_rate, student_calibrator) | {"epochs": epochs}
     report["student_frozen"] = figures(frozen_logit, held_out, base_rate) if len(held_out) else {}

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.label_origin import LabelOrigin
+from jobs.calibration_labels import label_origin
 from jobs.online import OnlineLoop, StepResult
 from pipelines.config import Task
 from pipelines.delay import DelayCurve
+from pipelines.delay_evenness import delay_unevenness
 from pipelines.joined import Closed
 from pipelines.joiner import TASKS
-from pipelines.label_plan import late_share
+from pipelines.label_plan import late_share, thinned
 from pipelines.training_set import TrainingSet
 
 __all__ = ["WarmUp"]
+
+log = logging.getLogger(__name__)
 
 
 class WarmUp:
@@ -27,8 +33,10 @@ class WarmUp:
     ----------
     late_share : dict of str to float
         By task, the share of the outcomes that come after the observation window; filled by
-        `training_sets`, like ``delay``.
+        `training_sets`, like the others.
     delay : dict of str to DelayCurve
+    labels : dict of str to LabelOrigin
+        What the calibrators are to learn from.
     """
 
     def __init__(self, loop: OnlineLoop) -> None:
@@ -36,6 +44,7 @@ class WarmUp:
         self._rows: dict[Task, list[dict[str, NDArray[Any]]]] = {task: [] for task in loop.replay}
         self.late_share: dict[Task, float] = {}
         self.delay: dict[Task, DelayCurve] = {}
+        self.labels: dict[Task, LabelOrigin] = {}
 
     def add(self, result: StepResult) -> None:
         """Keep the windows that one step has closed."""
@@ -78,7 +87,10 @@ class WarmUp:
         positive = columns["label"] > 0
         delay = (columns["outcome_time"] - columns["event_time"])[positive]
         curve = DelayCurve.fit(delay, elapsed[positive])
+        unevenness = delay_unevenness(columns["event_time"][positive], delay, elapsed[positive])
         self.delay[task] = curve
+        self.labels[task] = label_origin(self.loop.config, task, thinned(curve), unevenness)
+        log.info("calibration labels task=%s mode=%s unevenness=%s", task, self.labels[task].mode, unevenness)
         self.late_share[task] = late_share(self.loop.config, task, curve)
         observed = np.where(columns["mature"], 1.0, curve.cdf(elapsed))
         return TrainingSet(

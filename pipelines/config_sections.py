@@ -259,12 +259,18 @@ class DistillationConfig(Section):
 
 
 class CalibrationConfig(Section):
-    """How logits become probabilities."""
+    """How logits become probabilities.
+
+    ``labels`` says what the online part learns from: windows that have closed, the rows of the label policy
+    with their weights, or outcomes as they come, by the delay curve. ``auto`` is settled for each task when
+    the first models are trained; see ``docs/calibration-labels.md``.
+    """
 
     method: Literal[
         "auto", "none", "temperature", "platt", "beta", "isotonic", "histogram", "plain_isotonic"
     ] = "auto"
     online: bool = True
+    labels: Literal["auto", "matured", "policy", "delay_model"] = "auto"
     segments: tuple[str, ...] = ("campaign_id",)
 
 

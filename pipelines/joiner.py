@@ -140,6 +140,11 @@ class Joiner:
         """Take note that features have been written, or added, from outside."""
         self._stored.forget()
 
+    def write_feature(self, name: str, slots: Ints, column: int, values: NDArray[Any] | float) -> None:
+        """Write one column of a feature, shape (capacity, columns), in some slots."""
+        self.features[name][slots, column] = values
+        self._stored.add(slots, {name: self.features[name][slots]})
+
     def knows(self, impression_id: list[str]) -> Flags:
         """Which impressions have an open window, shape (n,)."""
         return np.asarray(self._table.find(hash_ids(impression_id)) >= 0, np.bool_)

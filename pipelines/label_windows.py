@@ -17,12 +17,13 @@ from pipelines.label_news import CONFIRM, FIRST, POSITIVE, Emission, News, Windo
 from pipelines.table_rows import Array, ChangedRows, TableRows
 from pipelines.timers import Timers
 
-__all__ = ["LabelWindows"]
+__all__ = ["AT_ONCE", "LabelWindows"]
 
 # What a window has said: nothing; that it is negative, so that a positive may follow; that it is positive;
 # all that it has to say.
 _UNSAID, _NEGATIVE, _POSITIVE, _FINISHED = 0, 1, 2, 3
-_AT_ONCE = ("fnw", "fnc")
+# Policies that say a window's first row when it opens.
+AT_ONCE = ("fnw", "fnc")
 _WAITING = ("vanilla", "esdfm", "defuse", "bidefuse", "defer")
 
 Ints = NDArray[np.int64]
@@ -123,7 +124,7 @@ class LabelWindows:
             self._waiting.set(slot, self._first_due(slot) + 1)
         if self.policy == "defer":
             self._confirming.set(slot, self._last_due(slot) + 1)
-        if self.policy in _AT_ONCE:
+        if self.policy in AT_ONCE:
             self.stage[slot] = _NEGATIVE
             return [self._rows(slot, FIRST, known, known)]
         return []

@@ -128,10 +128,15 @@ def test_a_loop_restored_at_any_step_goes_on_to_the_same_bits(small_run: SmallRu
         assert digest(restored) == expected, f"restored at step {number}"
 
 
-@pytest.mark.parametrize("policy", ["bidefuse", "relabel"])
-def test_a_loop_with_more_state_is_restored_to_the_same_bits(small_run: SmallRun, policy: str) -> None:
-    # A second head, and what midnight says.
-    config = load_config(None, [*SETTINGS, f"labels.policy={policy}"])
+@pytest.mark.parametrize(
+    ("policy", "labels"),
+    [("bidefuse", "policy"), ("relabel", "matured"), ("fnw", "delay_model"), ("esdfm", "matured")],
+)
+def test_a_loop_with_more_state_is_restored_to_the_same_bits(
+    small_run: SmallRun, policy: str, labels: str
+) -> None:
+    # A second head, what midnight says, what the calibrators have heard of windows that are open.
+    config = load_config(None, [*SETTINGS, f"labels.policy={policy}", f"calibration.labels={labels}"])
     run = replace(small_run, config=config)
     steps = list(run.steps(run.warm_rows))
     loop, half = run.warm_loop(), len(steps) // 2
