@@ -90,18 +90,20 @@ def fit_first_calibrator(
 def _unhurried(
     config: OnlineConfig, rows: TrainingSet, labels: LabelOrigin | None, traffic: float
 ) -> OnlineConfig:
-    """The line's noise such that it remembers at least the rows of one label lag.
+    """The line with no filter that remembers less than the rows of one label lag.
 
-    What changes faster than labels come is over when it is heard of; following it adds noise, no knowledge.
-    The filter remembers ``1 / sqrt(noise * p (1 - p))`` rows.
+    What changes faster than labels come is over when it is heard of; following it adds noise, no knowledge,
+    but the quickest filters would predict the labels as they arrive best. A filter remembers
+    ``1 / sqrt(noise * p (1 - p))`` rows.
     """
     if labels is None or labels.lag == 0 or traffic <= 0.0 or len(rows) == 0:
         return config
     weight = rows.weight.astype(np.float64)
     rate = cure_base_rate(rows.label.astype(np.float64), rows.observed_share.astype(np.float64), weight)
     lagging = traffic * labels.lag * float(weight.mean())
-    noise = min(config.intercept_noise, 1.0 / (rate * (1.0 - rate) * lagging**2))
-    return replace(config, intercept_noise=noise, slope_noise=noise / 10.0)
+    most = 1.0 / (rate * (1.0 - rate) * lagging**2 * config.intercept_noise)
+    factors = tuple(factor for factor in config.noise_factors if factor <= most)
+    return replace(config, noise_factors=factors or (most,))
 
 
 def _level_shift(logit: NDArray[np.float64], rows: TrainingSet, weight: NDArray[np.float64]) -> float:
