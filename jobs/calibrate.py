@@ -217,6 +217,11 @@ def track(config: Config, found: Calibration, files: list[Path]) -> None:
     help="Folder of the release; the new one gets a folder beside it.",
 )
 @location_option("--snapshot", "A snapshot with rows that the release has not learned.", use="read")
+@click.option(
+    "--predictions",
+    metavar="PATH|URI",
+    help="Recorded predictions (Parquet) instead of scoring: for a student that has learned the rows since.",
+)
 @as_of_option(required=True)
 @click.option("--window", type=Duration(), help="How far back before --as-of.  [default: all not learned]")
 @click.option(

@@ -340,6 +340,7 @@ def _rows(found: Calibration) -> Section:
         "before_window": "before the window",
         "after_as_of": "after the as-of time",
         "open": "label may still change",
+        "not_recorded": "no prediction recorded",
         "held_out": "held out",
     }
     rows = tuple(

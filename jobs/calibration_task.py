@@ -18,7 +18,7 @@ from jobs.calibration_methods import Methods, compare_methods
 from jobs.calibration_paired import DayLevel, PairedLoss, day_levels, paired_loss
 from jobs.chain_spark import calibrated
 from jobs.held_out import too_few
-from jobs.held_out_rows import HeldOutRows
+from jobs.held_out_rows import SERVED, HeldOutRows
 from jobs.open_labels_spark import seen_logit, with_soft_labels
 from jobs.release import Release
 from jobs.release_segments import segment_counts
@@ -131,8 +131,12 @@ def calibrate_task(
             return f"before the last part of the window: {reason}"
         methods = compare_methods(folds.sketches, rule.method)
         chain = _chain(earlier, folds, methods.choice, old, rule)
-        stages = {"raw": sampling, "before": old, "after": chain}
-        judged = _seen(calibrated(rows.frame.where(~is_fitted), stages)).persist()
+        later = rows.frame.where(~is_fitted)
+        if SERVED in later.columns:
+            judged = calibrated(later, {"raw": sampling, "after": chain}).withColumnRenamed(SERVED, "before")
+        else:
+            judged = calibrated(later, {"raw": sampling, "before": old, "after": chain})
+        judged = _seen(judged).persist()
         return _judged(judged, release.name, task, chain, methods, folds.book, cut, rule)
     finally:
         earlier.unpersist()

@@ -22,11 +22,18 @@ from pipelines.stream_columns import TRAINING_COLUMNS, conform, to_training_set,
 
 if TYPE_CHECKING:
     from pyspark import Broadcast
-    from pyspark.sql import DataFrame, SparkSession
+    from pyspark.sql import Column, DataFrame, SparkSession
 
     from models.base import Model
 
-__all__ = ["SCORED_COLUMNS", "HeldOutRows", "HeldOutWindow", "check_fits", "held_out_rows"]
+__all__ = [
+    "SCORED_COLUMNS",
+    "SERVED",
+    "HeldOutRows",
+    "HeldOutWindow",
+    "check_fits",
+    "held_out_rows",
+]
 
 # Columns of `HeldOutRows.frame`. The logit is the model's own, nothing undone, nothing corrected; `share` is
 # the part of the outcomes that is known by now, 1 for a settled row.
@@ -34,6 +41,8 @@ SCORED_COLUMNS = (
     "user_key bigint, event_time bigint, segment_key array<bigint>, logit double, label double, "
     "weight double, share double"
 )
+# Where logits were recorded, the calibrated logit that was served stands beside them.
+SERVED = "served"
 
 
 @dataclass(frozen=True)
@@ -47,11 +56,15 @@ class HeldOutWindow:
     open_labels : bool
         Also rows whose label may still change, if half of the outcomes would be known by now; else only rows
         that are settled by ``as_of``.
+    predictions : str, optional
+        Parquet of recorded predictions, made before their row was learned. They take the place of scoring,
+        and of the question what the release has learned.
     """
 
     since: int
     as_of: int
     open_labels: bool = False
+    predictions: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,8 @@ class HeldOutRows:
         ``SCORED_COLUMNS``.
     counts : dict of str to int
         ``snapshot`` rows, of which ``learned`` (opened by the newest event that the release has learned),
-        ``before_window``, ``after_as_of``, ``open`` (the label may still change) and ``held_out``.
+        ``before_window``, ``after_as_of``, ``open`` (the label may still change), ``not_recorded`` (no
+        prediction of it is there) and ``held_out``.
     first, last : int
         When the first and the last held-out window opened, ms.
     settled : int
@@ -82,10 +96,11 @@ class HeldOutRows:
         if self.counts["held_out"]:
             return None
         return (
-            f"of {self.counts['snapshot']:,} rows {self.counts['learned']:,} were there to be "
-            f"learned, {self.counts['before_window']:,} opened before the window, "
-            f"{self.counts['after_as_of']:,} after the as-of time, and {self.counts['open']:,} may still "
-            f"change their label, which is final after {format_duration(self.settled)}"
+            f"of {self.counts['snapshot']:,} rows {self.counts['learned']:,} were there to be learned, "
+            f"{self.counts['before_window']:,} opened before the window, {self.counts['after_as_of']:,} "
+            f"after the as-of time, of {self.counts['not_recorded']:,} no prediction is recorded, and "
+            f"{self.counts['open']:,} may still change their label, which is final after "
+            f"{format_duration(self.settled)}"
         )
 
 
@@ -109,31 +124,68 @@ def held_out_rows(
     files = [file.location for file in data_files(snapshot, task, manifest)]
     rule = AttributionConfig.model_validate(manifest.config["attribution"])
     settled = rule.width(task) + rule.allowed_lateness
-    rows = spark.read.parquet(*files).select(*TRAINING_COLUMNS.names)
+    rows = spark.read.parquet(*files).select("impression_id", *TRAINING_COLUMNS.names)
+    if window.predictions is not None:
+        rows = rows.join(_recorded(spark, window.predictions, task), "impression_id", "left")
+    fate = _fate(release, window, settled)
+    opened = F.col("event_time")
+    fates = rows.groupBy(fate.alias("fate")).agg(F.count(F.lit(1)), F.min(opened), F.max(opened)).collect()
+    counts = dict.fromkeys(_FATES, 0) | {row[0]: row[1] for row in fates}
+    counts["snapshot"] = sum(row[1] for row in fates)
+    ends = [(row[2], row[3]) for row in fates if row[0] == "held_out"]
+    held = rows.where(fate == "held_out")
+    if window.predictions is None:
+        widths = {
+            "buckets": len(release.spec.column_field),
+            "numbers": len(release.spec.numeric),
+            "segment_key": len(manifest.segments),
+        }
+        held = held.drop("impression_id").mapInArrow(_scorer(spark, release, task, widths), SCORED_COLUMNS)
+    else:
+        known = F.col("observed_share").cast("double").alias("share")
+        numbers = (F.col(name).cast("double").alias(name) for name in ("label", "weight"))
+        held = held.select("user_key", "event_time", "segment_key", "logit", *numbers, known, SERVED)
+    first, last = ends[0] if ends else (window.as_of, window.as_of)
+    return HeldOutRows(held, counts, first, last, settled)
+
+
+_FATES = ("snapshot", "learned", "before_window", "after_as_of", "open", "not_recorded", "held_out")
+
+
+def _fate(release: Release, window: HeldOutWindow, settled: int) -> Column:
+    """What becomes of a row: the first class that it belongs to."""
+    from pyspark.sql import functions as F
+
     opened = F.col("event_time")
     is_open = opened + settled >= window.as_of
     if window.open_labels:
         is_open &= F.col("observed_share") < LEAST_SHARE
-    fate = (
-        F.when(opened >= window.as_of, "after_as_of")
-        .when(opened <= release.last_event_time, "learned")
-        .when(opened < window.since, "before_window")
-        .when(is_open, "open")
-        .otherwise("held_out")
-    )
-    fates = rows.groupBy(fate.alias("fate")).agg(F.count(F.lit(1)), F.min(opened), F.max(opened)).collect()
-    counts = dict.fromkeys(("snapshot", "learned", "before_window", "after_as_of", "open", "held_out"), 0)
-    counts |= {row[0]: row[1] for row in fates}
-    counts["snapshot"] = sum(row[1] for row in fates)
-    ends = [(row[2], row[3]) for row in fates if row[0] == "held_out"]
-    widths = {
-        "buckets": len(release.spec.column_field),
-        "numbers": len(release.spec.numeric),
-        "segment_key": len(manifest.segments),
-    }
-    scored = rows.where(fate == "held_out").mapInArrow(_scorer(spark, release, task, widths), SCORED_COLUMNS)
-    first, last = ends[0] if ends else (window.as_of, window.as_of)
-    return HeldOutRows(scored, counts, first, last, settled)
+    fate = F.when(opened >= window.as_of, "after_as_of")
+    if window.predictions is None:
+        fate = fate.when(opened <= release.last_event_time, "learned")
+    fate = fate.when(opened < window.since, "before_window").when(is_open, "open")
+    if window.predictions is not None:
+        fate = fate.when(F.col("logit").isNull(), "not_recorded")
+    return fate.otherwise("held_out")
+
+
+def _recorded(spark: SparkSession, location: str, task: Task) -> DataFrame:
+    """Of each impression its first recorded prediction: raw logit, and the one that was served."""
+    from pyspark.errors import AnalysisException
+    from pyspark.sql import functions as F
+
+    try:
+        read = spark.read.parquet(location).where(F.col("task") == task)
+        chosen = F.min_by(F.struct("logit", "probability"), "predicted_at").alias("one")
+        found = read.groupBy("impression_id").agg(chosen)
+    except AnalysisException as error:
+        raise DataError(
+            f"expected recorded predictions (impression_id, task, predicted_at, logit, probability) in "
+            f"{location}: {error.getMessage() or error}.",
+            hint="give predictions.parquet of a backtest, or the folder predictions of a worker's state",
+        ) from error
+    odds = F.log(F.col("one.probability") / (1.0 - F.col("one.probability")))
+    return found.select("impression_id", F.col("one.logit").alias("logit"), odds.alias(SERVED))
 
 
 def check_fits(snapshot: str, release: Release, task: Task, window: HeldOutWindow) -> None:
@@ -167,7 +219,7 @@ def check_fits(snapshot: str, release: Release, task: Task, window: HeldOutWindo
             f"expects {hashed}.",
             hint=f"build it with --spec {release.path}/feature_spec.toml",
         )
-    if release.kind == "student" and release.spec.dynamic:
+    if release.kind == "student" and release.spec.dynamic and window.predictions is None:
         raise DataError(
             f"{release.name} has rows of their own for ids ({', '.join(release.spec.dynamic)}). A snapshot "
             "does not carry ids: scored from one, it would not be the model that serves.",
