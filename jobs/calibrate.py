@@ -78,6 +78,7 @@ def calibrate(
     rule: CalibrationRule,
     *,
     window: int | None = None,
+    predictions: str | None = None,
     tasks: tuple[Task, ...] = (),
     register: bool = True,
 ) -> Calibration:
@@ -93,6 +94,8 @@ def calibrate(
     rule : CalibrationRule
     window : int, optional
         How far back before ``as_of`` rows count, ms; without it all that the release has not learned.
+    predictions : str, optional
+        See `jobs.held_out_rows.HeldOutWindow`.
     tasks : tuple of str
         All of the release if empty.
     register : bool
@@ -108,7 +111,7 @@ def calibrate(
     from jobs.recalibrated import write_recalibrated
 
     since = 0 if window is None else as_of - window
-    held = HeldOutWindow(since, as_of, rule.open_labels)
+    held = HeldOutWindow(since, as_of, rule.open_labels, predictions)
     rows, found, skipped = {}, {}, {}
     for task in tasks or release.tasks:
         rows[task] = held_out_rows(spark, snapshot, release, task, held)
@@ -126,7 +129,13 @@ def calibrate(
     better = {task: one.chain for task, one in found.items() if one.is_better}
     registered = None
     if better and register:
-        told = {"calibrated": {"snapshot": str(snapshot), "as_of": as_of, "tasks": sorted(better)}}
+        told = {
+            "calibrated": {
+                "snapshot": str(snapshot),
+                "as_of": as_of,
+                "labels": {task: rows[task].labels.state() for task in better},
+            }
+        }
         registered = write_recalibrated(release, better, told).name
     return Calibration(release, snapshot, as_of, since, rule, rows, found, skipped, registered)
 
@@ -263,6 +272,7 @@ def command(
     release_path: Path,
     snapshot: str,
     as_of: int,
+    predictions: str | None,
     window: int | None,
     tasks: tuple[Task, ...],
     labels: str,
@@ -284,7 +294,8 @@ def command(
     from jobs.release import Release
 
     release = Release.load(release_path)
-    held = HeldOutWindow(0 if window is None else as_of - window, as_of, labels == "delay_model")
+    since = 0 if window is None else as_of - window
+    held = HeldOutWindow(since, as_of, labels == "delay_model", predictions)
     for task in tasks or release.tasks:  # before Spark starts
         check_fits(snapshot, release, task, held)
     levels = levels_over(config.calibration.segments, release.segments)
@@ -296,7 +307,15 @@ def command(
     )
     with spark_for("calibrate", master, spark_conf) as spark:
         found = calibrate(
-            spark, release, snapshot, as_of, rule, window=window, tasks=tasks, register=register
+            spark,
+            release,
+            snapshot,
+            as_of,
+            rule,
+            window=window,
+            predictions=predictions,
+            tasks=tasks,
+            register=register,
         )
     files = write_calibration(found, out)
     if config.tracking.uri:

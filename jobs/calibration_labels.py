@@ -55,7 +55,7 @@ def label_origin(
         )
     width = config.attribution.width(task)
     closing = width + config.attribution.allowed_lateness
-    mean = int(np.mean(curve.inverse((np.arange(64) + 0.5) / 64))) if has_curve else width
+    mean = curve.mean(width)
     if mode == "delay_model" or (mode == "policy" and policy in AT_ONCE):
         lag = mean
     elif mode == "matured" or policy == "wait":

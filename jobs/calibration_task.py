@@ -131,6 +131,8 @@ def calibrate_task(
             return f"before the last part of the window: {reason}"
         methods = compare_methods(folds.sketches, rule.method)
         chain = _chain(earlier, folds, methods.choice, old, rule)
+        # Of a line that learns online the state says what that hears.
+        chain.labels = rows.labels if old.online is None else old.labels
         later = rows.frame.where(~is_fitted)
         if SERVED in later.columns:
             judged = calibrated(later, {"raw": sampling, "after": chain}).withColumnRenamed(SERVED, "before")

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from calibration.label_origin import LabelOrigin
+from calibration.state import digest
 from jobs.held_out import LEAST_SHARE
 from jobs.release import CALIBRATOR, Release, load_model, read_verified
 from jobs.release_manifest import ModelKind
 from pipelines.config import Task
 from pipelines.config_sections import AttributionConfig
+from pipelines.delay import DelayCurve
 from pipelines.duration import format_duration
 from pipelines.errors import DataError
 from pipelines.feature_spec import FeatureSpec
@@ -43,6 +46,8 @@ SCORED_COLUMNS = (
 )
 # Where logits were recorded, the calibrated logit that was served stands beside them.
 SERVED = "served"
+# In the place of a label policy: each window once, as a snapshot has it.
+_SNAPSHOT = "snapshot"
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class HeldOutRows:
         When the first and the last held-out window opened, ms.
     settled : int
         After how long a label is final, ms.
+    labels : LabelOrigin
+        What the labels are, for the state of a calibrator that learns from them.
     """
 
     frame: DataFrame
@@ -90,6 +97,7 @@ class HeldOutRows:
     first: int
     last: int
     settled: int
+    labels: LabelOrigin
 
     def why_none(self) -> str | None:
         """None, or why no row is held out."""
@@ -146,7 +154,15 @@ def held_out_rows(
         numbers = (F.col(name).cast("double").alias(name) for name in ("label", "weight"))
         held = held.select("user_key", "event_time", "segment_key", "logit", *numbers, known, SERVED)
     first, last = ends[0] if ends else (window.as_of, window.as_of)
-    return HeldOutRows(held, counts, first, last, settled)
+    labels = _labels(window, rule.width(task), settled, manifest.tasks[task].delay_curve)
+    return HeldOutRows(held, counts, first, last, settled, labels)
+
+
+def _labels(window: HeldOutWindow, width: int, settled: int, delay_curve: dict[str, Any]) -> LabelOrigin:
+    if not window.open_labels:
+        return LabelOrigin("matured", _SNAPSHOT, width, settled)
+    lag = DelayCurve.from_state(delay_curve).mean(width)
+    return LabelOrigin("delay_model", _SNAPSHOT, width, lag, digest(delay_curve))
 
 
 _FATES = ("snapshot", "learned", "before_window", "after_as_of", "open", "not_recorded", "held_out")

@@ -9,11 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 from calibration.chain import CalibrationChain
-from calibration.link import sigmoid
+from calibration.label_origin import LabelOrigin
+from calibration.link import logit_of, sigmoid
 from calibration.segment_config import SegmentConfig
 from calibration.segments import SegmentCorrection
 from calibration.sketch import LogitSketch
@@ -21,10 +25,10 @@ from calibration.sketch_book import SketchBook
 from jobs.calibrate import Calibration, calibrate
 from jobs.calibration_folds import fold_sketches_of
 from jobs.calibration_paired import day_levels, paired_loss
-from jobs.calibration_task import CalibrationRule
+from jobs.calibration_task import CalibrationRule, calibrate_task
 from jobs.chain_spark import calibrated
 from jobs.cli import cli
-from jobs.held_out_rows import HeldOutRows, HeldOutWindow, held_out_rows
+from jobs.held_out_rows import HeldOutRows, HeldOutWindow, check_fits, held_out_rows
 from jobs.recalibrated import write_recalibrated
 from jobs.release import Release
 from jobs.release_pointer import list_releases
@@ -32,6 +36,7 @@ from jobs.segment_fit_spark import fit_segments
 from monitoring.quality import row_log_loss
 from pipelines.duration import DAY_MS, HOUR_MS
 from pipelines.errors import DataError
+from pipelines.snapshot import read_rows
 from pipelines.training_set import TrainingSet
 from tests.browser import browser_page
 from tests.calibrate_run import AS_OF, CONFIG, CalibrateRun, calibrate_run
@@ -170,6 +175,8 @@ def test_the_chain_is_fitted_to_the_earlier_rows_only_and_judged_on_the_later(
         segments=SegmentConfig(("campaign_id",)),
         segment_keys=earlier.segment_key,
     )
+    width = CONFIG.attribution.width("click")
+    expected.labels = LabelOrigin("matured", "snapshot", width, width + CONFIG.attribution.allowed_lateness)
     assert one.chain.digest() == expected.digest()
     after = expected.transform_logit(run.logit("click", later), later.segment_key)
     assert one.sketches["after"] == LogitSketch.of(after, later.label, later.weight)
@@ -230,9 +237,74 @@ def test_open_labels_bring_in_the_newest_rows_without_a_bias(
     assert with_open.counts["held_out"] > settled.counts["held_out"]
     assert with_open.last > settled.last
     one = calibrate(spark, copied, run.snapshot, AS_OF, rule, tasks=("conversion",), register=False)
+    labels = one.tasks["conversion"].chain.labels
+    assert labels is not None
+    assert (labels.mode, labels.policy) == ("delay_model", "snapshot")
     figures = one.tasks["conversion"].figures["after"]
     assert figures["pcoc_low"] * 0.95 < 1.0 < figures["pcoc_high"] * 1.05
     assert one.registered is None
+
+
+# -- recorded predictions ---------------------------------------------------------------------------------
+
+
+def test_recorded_predictions_take_the_place_of_scoring(
+    spark: SparkSession, run: CalibrateRun, copied: Release, tmp_path: Path
+) -> None:
+    rows = read_rows(run.snapshot, "click")
+    noise = np.random.default_rng(0)
+    logit, served = noise.normal(-3, 1, len(rows)), noise.uniform(0.01, 0.3, len(rows))
+    recorded = pa.table(
+        {
+            "impression_id": rows["impression_id"],
+            "task": ["click"] * len(rows),
+            "predicted_at": rows["event_time"],
+            "logit": logit,
+            "probability": served,
+        }
+    )
+    # Delivered again later, and predicted again: the first prediction is the one that was served.
+    again = recorded.slice(0, 500).set_column(2, "predicted_at", pc.add(recorded["predicted_at"][:500], 1))
+    again = again.set_column(3, "logit", pa.array(np.full(500, 9.0)))
+    place = tmp_path / "predictions.parquet"
+    pq.write_table(pa.concat_tables([again, recorded.slice(0, len(rows) - 1_000)]), place)
+    window = HeldOutWindow(0, AS_OF, predictions=str(place))
+    found = held_out_rows(spark, run.snapshot, copied, "click", window)
+    settled = CONFIG.attribution.width("click") + CONFIG.attribution.allowed_lateness
+    is_settled = rows["event_time"].to_numpy() + settled < AS_OF
+    assert found.counts["learned"] == 0
+    assert found.counts["held_out"] + found.counts["not_recorded"] == int(is_settled.sum())
+    assert 0 < found.counts["not_recorded"] <= 1_000
+    kept = is_settled & (np.arange(len(rows)) < len(rows) - 1_000)
+    table: pd.DataFrame = found.frame.toPandas()
+    assert sorted(table["logit"]) == sorted(logit[kept].tolist())
+    assert sorted(table["served"]) == pytest.approx(sorted(logit_of(served[kept]).tolist()), abs=1e-9)
+    one = calibrate_task(copied, "click", found, RULE)
+    assert not isinstance(one, str)
+    # What was served has nothing to do with the labels; before is not the release's own calibration.
+    assert one.figures["before"]["auc"] == pytest.approx(0.5, abs=0.03)
+    assert one.is_better
+
+
+def test_predictions_that_are_none_are_refused(
+    spark: SparkSession, run: CalibrateRun, copied: Release, tmp_path: Path
+) -> None:
+    place = tmp_path / "other.parquet"
+    pq.write_table(pa.table({"impression_id": ["i"], "task": ["click"]}), place)
+    with pytest.raises(DataError, match="expected recorded predictions"):
+        held_out_rows(spark, run.snapshot, copied, "click", HeldOutWindow(0, AS_OF, predictions=str(place)))
+
+
+def test_a_student_with_ids_is_not_scored_from_a_snapshot_that_has_none(
+    run: CalibrateRun, copied: Release
+) -> None:
+    manifest = copied.manifest.model_copy(update={"kind": "student"})
+    spec = copied.spec.with_dynamic(["item_id"])
+    student = Release(copied.path, manifest, spec, copied.config_toml, copied.models, copied.calibrators)
+    with pytest.raises(DataError, match="does not carry ids") as error:
+        check_fits(run.snapshot, student, "click", HeldOutWindow(0, AS_OF))
+    assert "--predictions" in (error.value.hint or "")
+    check_fits(run.snapshot, student, "click", HeldOutWindow(0, AS_OF, predictions="p.parquet"))
 
 
 # -- the command ------------------------------------------------------------------------------------------
