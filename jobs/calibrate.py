@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from jobs.release import Release
     from pipelines.config import Config, Task
 
-__all__ = ["Calibration", "calibrate", "command", "write_calibration"]
+__all__ = ["Calibration", "calibrate", "command", "track", "write_calibration"]
 
 FIGURES, PAGE, SKETCHES = "calibration.json", "calibration.html", "sketches.parquet"
 

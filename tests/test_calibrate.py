@@ -22,17 +22,19 @@ from calibration.segment_config import SegmentConfig
 from calibration.segments import SegmentCorrection
 from calibration.sketch import LogitSketch
 from calibration.sketch_book import SketchBook
-from jobs.calibrate import Calibration, calibrate
+from jobs.calibrate import Calibration, calibrate, track, write_calibration
 from jobs.calibration_folds import fold_sketches_of
 from jobs.calibration_paired import day_levels, paired_loss
 from jobs.calibration_task import CalibrationRule, calibrate_task
 from jobs.chain_spark import calibrated
 from jobs.cli import cli
 from jobs.held_out_rows import HeldOutRows, HeldOutWindow, check_fits, held_out_rows
+from jobs.mlflow_server import TrackingServer
 from jobs.recalibrated import write_recalibrated
 from jobs.release import Release
 from jobs.release_pointer import list_releases
 from jobs.segment_fit_spark import fit_segments
+from jobs.tracking import Tracking
 from monitoring.quality import row_log_loss
 from pipelines.duration import DAY_MS, HOUR_MS
 from pipelines.errors import DataError
@@ -352,6 +354,25 @@ def test_command_writes_page_figures_and_sketches_and_says_what_it_did(
         browser.page.goto(page.as_uri())
         width: Any = browser.page.evaluate("document.documentElement.scrollWidth")
         assert width <= 390
+
+
+def test_mlflow_has_the_figures_the_page_and_the_new_release(found: Calibration, tmp_path: Path) -> None:
+    files = write_calibration(found, tmp_path)
+    with TrackingServer(tmp_path / "mlflow") as server:
+        server.start()
+        config = CONFIG.model_copy(
+            update={"tracking": CONFIG.tracking.model_copy(update={"uri": server.uri})}
+        )
+        track(config, found, files)
+        track(config, found, files)  # run again, it is the same run and the same version
+        tracking = Tracking(server.uri, config.tracking.experiment, config.tracking.registered_model)
+        client = tracking.client()
+        (run,) = client.search_runs([tracking.experiment_id()])
+        after = found.tasks["click"].figures["after"]
+        assert run.data.metrics["calibration/click/after/pcoc"] == pytest.approx(after["pcoc"])
+        assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"calibration.html"}
+        (version,) = client.search_model_versions(f"name='{config.tracking.registered_model}'")
+        assert version.tags["release"] == found.registered
 
 
 @pytest.mark.parametrize(
