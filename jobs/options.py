@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from abc import abstractmethod
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -186,36 +187,43 @@ def parse_utc_ms(text: str) -> int:
     return (since_epoch.days * 86_400 + since_epoch.seconds) * 1000 + since_epoch.microseconds // 1000
 
 
-class UtcTime(click.ParamType[int]):
-    """A click type for ``parse_utc_ms``."""
+class _Milliseconds(click.ParamType[int]):
+    """A click type for a function from text to int64 milliseconds; its ``ValueError`` is a usage error."""
+
+    @abstractmethod
+    def parse(self, text: str) -> int:
+        """Milliseconds of a text."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Turn text into milliseconds, or fail as a usage error."""
+        if isinstance(value, int):
+            return value
+        try:
+            return self.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+class UtcTime(_Milliseconds):
+    """A moment, as ``parse_utc_ms`` reads it."""
 
     name = "TIME"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Turn text into int64 milliseconds since the epoch, or fail as a usage error."""
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_utc_ms(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+    def parse(self, text: str) -> int:
+        """Milliseconds since the epoch."""
+        return parse_utc_ms(text)
 
 
-class Duration(click.ParamType[int]):
-    """A click type for ``pipelines.duration.parse_duration``: milliseconds."""
+class Duration(_Milliseconds):
+    """A stretch of time such as ``7d``, as ``pipelines.duration.parse_duration`` reads it."""
 
     name = "DURATION"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Turn text such as ``7d`` into int64 milliseconds, or fail as a usage error."""
+    def parse(self, text: str) -> int:
+        """Its length."""
         from pipelines.duration import parse_duration
 
-        if isinstance(value, int):
-            return value
-        try:
-            return parse_duration(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
+        return parse_duration(text)
 
 
 def as_of_option(*, required: bool = False) -> Callable[[Function], Function]:
