@@ -208,7 +208,7 @@ def compare_spark(rows: int, repeats: int) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         logit, label = draw(rows, 0)
         pq.write_table(pa.table({"logit": logit, "label": label}), f"{temporary}/rows.parquet")
-        session = spark_session("bench-calibration", master="local[2]")
+        session = spark_session("bench-calibration", master="local[2]", long_running=True)
         try:
             table = session.read.parquet(f"{temporary}/rows.parquet")
             keyed = table.select("*", *(F.lit("all").alias(name) for name in SketchKey._fields))
