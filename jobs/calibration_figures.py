@@ -6,6 +6,7 @@ from typing import Any
 
 from calibration.sketch import LogitSketch
 from monitoring.binned import binned_calibration_error, binned_quality, binned_smooth_error
+from monitoring.binned_parts import binned_brier_parts
 from monitoring.binned_tests import binned_tests
 from monitoring.bounded import Bounded
 
@@ -25,7 +26,7 @@ def calibration_figures(sketch: LogitSketch) -> dict[str, Any]:
     dict
         ``rows``, ``positives``, ``effective_rows`` and ``base_rate``; by name the figures of
         `monitoring.binned.BinnedQuality`, ``ece``, ``ece_null``, ``ece_relative``, ``ece_null_relative``,
-        ``smooth_ece`` and ``smooth_ece_null``; ``errors``, by name how far a figure is at most from
+        ``smooth_ece`` and ``smooth_ece_null``, ``brier_reliability``, ``_resolution``, ``_uncertainty``; ``errors``, by name how far a figure is at most from
         that of the rows themselves; ``tests``, by name ``statistic``, ``p_value`` and ``null``. None where
         the rows cannot tell.
     """
@@ -41,6 +42,11 @@ def calibration_figures(sketch: LogitSketch) -> dict[str, Any]:
         }
     if smooth is not None:
         bounded["smooth_ece"] = smooth.smooth_ece
+    parts = binned_brier_parts(bins)
+    if parts is not None:
+        bounded["brier_reliability"] = parts.reliability
+        bounded["brier_resolution"] = Bounded(parts.resolution, 0.0)
+        bounded["brier_uncertainty"] = Bounded(parts.uncertainty, 0.0)
     found: dict[str, Any] = {
         "rows": quality.rows,
         "positives": quality.positives,

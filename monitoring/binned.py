@@ -159,9 +159,7 @@ def binned_calibration_error(
     mass = float(bins.rows.sum())
     if mass == 0.0:
         return None
-    middle = np.cumsum(bins.rows) - 0.5 * bins.rows
-    group = np.minimum((middle / mass * groups).astype(np.int64), groups - 1)
-    start = np.flatnonzero(np.diff(group, prepend=-1))
+    start = bins.groups(groups)
 
     def grouped(of: FloatArray) -> FloatArray:
         return np.add.reduceat(of, start)

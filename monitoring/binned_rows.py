@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from monitoring.bounded import Interval, chord_bounds
-from monitoring.inputs import FloatArray
+from monitoring.inputs import FloatArray, IntArray
 from pipelines.errors import DataError
 
 __all__ = ["BinnedRows", "BinnedSums", "Estimate"]
@@ -136,6 +136,12 @@ class BinnedRows:
         """The most by which Σwp over any of the bins can be off."""
         ends = self._expected.ends
         return float(np.sum(np.maximum(ends.high - self._expected.value, self._expected.value - ends.low)))
+
+    def groups(self, most: int) -> IntArray:
+        """First bins of at most so many groups of nearly equal weight; a bin goes where its middle lies."""
+        middle = np.cumsum(self.rows) - 0.5 * self.rows
+        group = np.minimum((middle / self.rows.sum() * most).astype(np.int64), most - 1)
+        return np.flatnonzero(np.diff(group, prepend=-1))
 
     # -- sums over rows ----------------------------------------------------------------------------
 

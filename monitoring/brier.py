@@ -11,7 +11,7 @@ import numpy.typing as npt
 from monitoring.inputs import FloatArray, binary_label, probability_array, weight_array
 from monitoring.reliability import equal_mass_bins
 
-__all__ = ["BrierParts", "brier_parts"]
+__all__ = ["BrierParts", "brier_parts", "reliability_null"]
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,8 @@ def brier_parts(
     mean, rate = sums(w * p) / share, sums(w * y) / share
     base = float(w[y].sum()) / total
     inside = p - mean[place]
-    noise = sums(w**2 * p * (1.0 - p)) / share
     reliability = float(mass @ (mean - rate) ** 2) / total
-    null, spread = float(noise.sum()) / total, math.sqrt(2.0 * float(noise @ noise)) / total
+    null, spread = reliability_null(mass, sums(w**2 * p * (1.0 - p)))
     return BrierParts(
         brier=float(w @ (y - p) ** 2) / total,
         reliability=reliability,
@@ -121,3 +120,16 @@ def brier_parts(
         reliability_z=(reliability - null) / spread if spread > 0 else None,
         bins=int((mass > 0).sum()),
     )
+
+
+def reliability_null(mass: FloatArray, variance: FloatArray) -> tuple[float, float]:
+    """Mean and standard deviation of the reliability of a perfectly calibrated model.
+
+    Parameters
+    ----------
+    mass, variance : (bins,)
+        ``W_k`` and ``V_k``, as in `brier_parts`.
+    """
+    total = float(mass.sum())
+    noise = variance / np.maximum(mass, np.finfo(np.float64).tiny)
+    return float(noise.sum()) / total, math.sqrt(2.0 * float(noise @ noise)) / total

@@ -10,7 +10,6 @@ import numpy.typing as npt
 from monitoring.inputs import (
     BoolArray,
     FloatArray,
-    IntArray,
     binary_label,
     key_codes,
     probability_array,
@@ -18,10 +17,10 @@ from monitoring.inputs import (
 )
 from pipelines.errors import DataError
 
-__all__ = ["FieldError", "field_calibration_error"]
+__all__ = ["LABEL_FLOOR", "FieldError", "error_beside_null", "field_calibration_error", "field_figures"]
 
 # Pan et al. add it to each label, so that a value without positives does not divide by zero.
-_LABEL_FLOOR = 0.01
+LABEL_FLOOR = 0.01
 
 
 @dataclass(frozen=True)
@@ -104,10 +103,19 @@ def field_calibration_error(
     codes, distinct = key_codes(field, y.shape[0], "field")
     place = np.where(codes < 0, distinct, codes)
     mass, expected = (np.bincount(place, of).astype(np.float64) for of in (w, w * p))
-    ece, rce = _errors(y, place, w, mass, expected)
+
+    def observed(label: BoolArray) -> FloatArray:
+        return np.bincount(place[label], w[label], len(mass)).astype(np.float64)
+
     rng = np.random.default_rng(seed)
-    null = np.array([_errors(rng.random(len(p)) < p, place, w, mass, expected) for _ in range(draws)])
+    null = [field_figures(observed(rng.random(len(p)) < p), mass, expected) for _ in range(draws)]
+    return error_beside_null(field_figures(observed(y), mass, expected), np.array(null), mass)
+
+
+def error_beside_null(figures: tuple[float, float], null: FloatArray, mass: FloatArray) -> FieldError:
+    """Field-ECE and Field-RCE beside those of drawn labels, (draws, 2)."""
     mean, spread = null.mean(axis=0), null.std(axis=0, ddof=1)
+    ece, rce = figures
     return FieldError(
         ece=ece,
         rce=rce,
@@ -119,12 +127,10 @@ def field_calibration_error(
     )
 
 
-def _errors(
-    y: BoolArray, place: IntArray, w: FloatArray, mass: FloatArray, expected: FloatArray
-) -> tuple[float, float]:
-    observed = np.bincount(place[y], w[y], len(mass))
+def field_figures(observed: FloatArray, mass: FloatArray, expected: FloatArray) -> tuple[float, float]:
+    """Field-ECE and Field-RCE from Σwy, Σw and Σwp of each value, (values,)."""
     distance = np.abs(observed - expected)
-    floor = observed + _LABEL_FLOOR * mass
+    floor = observed + LABEL_FLOOR * mass
     relative = np.divide(distance, floor, out=np.zeros(len(mass)), where=mass > 0)
     total = float(mass.sum())
     return float(distance.sum()) / total, float(mass @ relative) / total
