@@ -26,9 +26,10 @@ def calibration_figures(sketch: LogitSketch) -> dict[str, Any]:
     dict
         ``rows``, ``positives``, ``effective_rows`` and ``base_rate``; by name the figures of
         `monitoring.binned.BinnedQuality`, ``ece``, ``ece_null``, ``ece_relative``, ``ece_null_relative``,
-        ``smooth_ece`` and ``smooth_ece_null``, ``brier_reliability``, ``_resolution``, ``_uncertainty``; ``errors``, by name how far a figure is at most from
-        that of the rows themselves; ``tests``, by name ``statistic``, ``p_value`` and ``null``. None where
-        the rows cannot tell.
+        ``smooth_ece`` and ``smooth_ece_null``, ``brier_reliability``, ``brier_resolution`` and
+        ``brier_uncertainty``; ``errors``, by name how far a figure is at most from that of the rows
+        themselves; ``tests``, by name ``statistic``, ``p_value`` and ``null``. None where the rows cannot
+        tell.
     """
     bins = sketch.binned()
     quality, grouped, smooth = binned_quality(bins), binned_calibration_error(bins), binned_smooth_error(bins)
