@@ -25,7 +25,7 @@ _LARGEST_SHIFT = 30.0
 # A line that starts from a fitted base is known better than one that starts from nothing: with wider
 # deviations the first few hundred outcomes of a rare task move it by more than they know.
 _ON_A_BASE = OnlineConfig(intercept_deviation=0.1, slope_deviation=0.03)
-_ON_NOTHING = OnlineConfig(intercept_deviation=0.3, slope_deviation=0.3)
+_ON_NOTHING = OnlineConfig(intercept_deviation=0.15, slope_deviation=0.1)
 
 
 def fit_first_calibrator(
