@@ -25,7 +25,7 @@ _LARGEST_SHIFT = 30.0
 # A line that starts from a fitted base is known better than one that starts from nothing: with wider
 # deviations the first few hundred outcomes of a rare task move it by more than they know.
 _ON_A_BASE = OnlineConfig(intercept_deviation=0.1, slope_deviation=0.03)
-_ON_NOTHING = OnlineConfig(intercept_deviation=0.3, slope_deviation=0.3)
+_ON_NOTHING = OnlineConfig(intercept_deviation=0.15, slope_deviation=0.1)
 
 
 def fit_first_calibrator(
@@ -47,8 +47,8 @@ def fit_first_calibrator(
        ``r`` of a positive and ``1 - r`` of a negative. ``r`` needs a calibrated probability, so the two are
        found in turn (EM: Platt's line from the soft rows, soft rows from the line) until ``r`` rests.
     3. The method asked for is fitted to the shifted logits and the last soft rows. With a line that goes on
-       learning, ``auto`` is "none": a student unlearns the shape of its errors within days, a fixed base does
-       not, and a line that starts uncertain finds in hours what is there to correct.
+       learning, ``auto`` fixes nothing: a student unlearns the shape of its errors within days. What it would
+       fix the line starts from, as Platt's, and uncertain.
 
     Parameters
     ----------
@@ -71,7 +71,8 @@ def fit_first_calibrator(
     if is_enough:
         logit = logit + _level_shift(logit, rows, weight)
         label = _soft_labels(logit, rows, weight)
-    if not is_enough or (online and method == "auto"):
+    starts_line = is_enough and online and method == "auto"
+    if not is_enough or starts_line:
         method = "none"
     start = _ON_NOTHING if method == "none" else _ON_A_BASE
     chain = CalibrationChain.fit(
@@ -84,7 +85,17 @@ def fit_first_calibrator(
         segment_keys=rows.segment_key if segments and is_enough else None,
     )
     chain.labels = labels if online else None
+    if starts_line and CalibrationChain.fit(logit, label, weight).method != "none":
+        _start(chain, CalibrationChain.fit(logit, label, weight, method="platt"))
     return chain
+
+
+def _start(chain: CalibrationChain, platt: CalibrationChain) -> None:
+    """Let the line of a chain begin as another chain's, which is straight."""
+    line = chain.online
+    if line is not None and line.centre is not None:
+        low, high = platt.transform_logit([line.centre, line.centre + 1.0]).tolist()
+        line.intercept, line.slope = low - line.centre, max(high - low, line.config.minimum_slope)
 
 
 def _unhurried(

@@ -74,9 +74,11 @@ def test_what_was_set_by_other_means_than_learning_is_given_whole(by: str) -> No
     assert all(part.rows is None for (part,) in tables.values())
 
 
-@pytest.mark.parametrize("policy", ["fnw", "bidefuse"])
-def test_the_changes_of_a_loop_make_up_its_state_and_its_releases(small_run: SmallRun, policy: str) -> None:
-    config = load_config(None, [*SETTINGS, f"labels.policy={policy}"])
+@pytest.mark.parametrize(("policy", "labels"), [("fnw", "delay_model"), ("bidefuse", "matured")])
+def test_the_changes_of_a_loop_make_up_its_state_and_its_releases(
+    small_run: SmallRun, policy: str, labels: str
+) -> None:
+    config = load_config(None, [*SETTINGS, f"labels.policy={policy}", f"calibration.labels={labels}"])
     run = replace(small_run, config=config)
     loop, mirror = run.warm_loop(), StateMirror()
     fewest = 1.0
