@@ -50,8 +50,10 @@ class OnlineConfig:
         One filter for each, with both noises times the factor. One factor: nothing is chosen.
     half_life : float, effective rows
         How long ago a filter has to have predicted well for that to count half.
+    intercept, slope : float
+        What the line is taken for before any row was seen; the intercept is that at the centre.
     intercept_deviation, slope_deviation : float, > 0
-        Standard deviation of intercept and slope before any row was seen.
+        Standard deviation of that.
     minimum_slope : float, in (0, 1]
         The slope never falls below: no ranking is lost.
 
@@ -65,6 +67,8 @@ class OnlineConfig:
     slope_noise: float = 1e-9
     noise_factors: tuple[float, ...] = (0.1, 0.5, 2.5, 12.5, 62.5, 312.5)
     half_life: float = 100_000.0
+    intercept: float = 0.0
+    slope: float = 1.0
     intercept_deviation: float = 0.3
     slope_deviation: float = 0.1
     minimum_slope: float = MINIMUM_SLOPE
@@ -79,6 +83,11 @@ class OnlineConfig:
         if not 0.0 < self.minimum_slope <= 1.0:
             raise ConfigError(
                 f"online calibration: minimum_slope must be in (0, 1]; got {self.minimum_slope}."
+            )
+        if not (math.isfinite(self.intercept) and self.minimum_slope <= self.slope < math.inf):
+            raise ConfigError(
+                f"online calibration: intercept must be finite and slope at least {self.minimum_slope}; "
+                f"got {self.intercept} and {self.slope}."
             )
         if not self.noise_factors or not all(math.isfinite(f) and f > 0.0 for f in self.noise_factors):
             raise ConfigError(
@@ -143,8 +152,8 @@ class OnlinePlatt(Calibrator):
         self._factors = np.array(self.config.noise_factors)
         ones = np.ones(len(self._factors))
         self._filters = LineFilters(
-            0.0 * ones,
-            ones,
+            self.config.intercept * ones,
+            self.config.slope * ones,
             self.config.intercept_deviation**2 * ones,
             self.config.slope_deviation**2 * ones,
             0.0 * ones,
@@ -262,12 +271,12 @@ class OnlinePlatt(Calibrator):
 
     @property
     def intercept(self) -> float:
-        """Mean of the belief about the level error at the centre; 0 at first."""
+        """Mean of the belief about the level error at the centre."""
         return float((self.shares * self._filters.level).sum())
 
     @property
     def slope(self) -> float:
-        """Mean of the belief about the slope; 1 at first."""
+        """Mean of the belief about the slope."""
         # About 1, so that where all filters say 1 the mean is 1 to the bit.
         return 1.0 + float((self.shares * (self._filters.slope - 1.0)).sum())
 

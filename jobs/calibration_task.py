@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -155,7 +155,9 @@ def _chain(
         chain.segments = fit_segments(based, "based", SegmentConfig(rule.segments))
     if old.online is not None:
         logit, rows, _, _ = sum(folds.sketches, LogitSketch()).bins()
-        chain.online = OnlinePlatt(old.online.config, information_centre(base.transform_logit(logit), rows))
+        # The base has what the old line began with.
+        config = replace(old.online.config, intercept=0.0, slope=1.0)
+        chain.online = OnlinePlatt(config, information_centre(base.transform_logit(logit), rows))
     return chain
 
 

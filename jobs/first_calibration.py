@@ -10,7 +10,7 @@ from scipy.optimize import brentq
 
 from calibration.chain import CalibrationChain
 from calibration.label_origin import LabelOrigin
-from calibration.online import OnlineConfig
+from calibration.online import OnlineConfig, OnlinePlatt
 from calibration.segments import SegmentConfig
 from jobs.held_out import enough_of_both
 from models.base import sigmoid
@@ -95,7 +95,9 @@ def _start(chain: CalibrationChain, platt: CalibrationChain) -> None:
     line = chain.online
     if line is not None and line.centre is not None:
         low, high = platt.transform_logit([line.centre, line.centre + 1.0]).tolist()
-        line.intercept, line.slope = low - line.centre, max(high - low, line.config.minimum_slope)
+        slope = max(high - low, line.config.minimum_slope)
+        begun = replace(line.config, intercept=low - line.centre, slope=slope)
+        chain.online = OnlinePlatt(begun, line.centre)
 
 
 def _unhurried(
