@@ -36,7 +36,7 @@ from jobs.publish_schedule import PublishSchedule
 from jobs.publishing import FirstReleases
 from jobs.release import Release, release_name
 from jobs.release_manifest import parse_name
-from jobs.release_pointer import CURRENT, LAST_GOOD, point, pointed, read_pointer
+from jobs.release_pointer import CURRENT, LAST_GOOD, Pointer, point, pointed, read_pointer
 from jobs.weight_check import broken_parameter, growth, weight_sizes
 from models.student import Student
 from monitoring.paired import PairedSums
@@ -91,6 +91,8 @@ class PublishControl:
         self._loaded: dict[str, Release] = {}
         self._sizes: dict[tuple[str, Task], dict[str, float]] = {}
         self._before: Decision | None = None
+        # Where CURRENT stood when the last decision was concluded.
+        self._left = read_pointer(releases, CURRENT)
 
     # The evidence ------------------------------------------------------------------------------------------
 
@@ -109,13 +111,17 @@ class PublishControl:
     def state(self) -> dict[str, Any]:
         """JSON data for the commit: no part of what is learned."""
         trial = None if self._trial is None else [self._trial.name, self._trial.last_event_time]
-        return {"rounds": self.gate.state(), "schedule": self.schedule.state(), "trial": trial}
+        left = None if self._left is None else [self._left.name, self._left.rollback]
+        return {"rounds": self.gate.state(), "schedule": self.schedule.state(), "trial": trial, "left": left}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from what a commit carries."""
         self.gate = PublishGate.from_state(self.config, state["rounds"])
         self.schedule = PublishSchedule(self.config, **state["schedule"])
         self._trial = None if state["trial"] is None else _Trial(*state["trial"])
+        # States of before this was noted have none.
+        left = state.get("left")
+        self._left = None if left is None else Pointer(*left)
 
     def needed(self) -> set[str]:
         """Releases that must not be collected."""
@@ -161,7 +167,8 @@ class PublishControl:
 
     def conclude(self, decision: Decision, plain: Mapping[str, Any]) -> None:
         """Take note of what has been done, and tell it."""
-        is_current = pointed(self._releases, CURRENT) == decision.candidate
+        self._left = read_pointer(self._releases, CURRENT)
+        is_current = self._left is not None and self._left.name == decision.candidate
         if is_current:
             self.schedule.published(plain["clock"], plain["learned_events"])
         begins_trial = self.config.gate and self._trial is None and is_current
@@ -306,10 +313,16 @@ class PublishControl:
         return good if went else None
 
     def _is_new(self, candidate: str) -> bool:
+        """Whether a candidate was not published before its worker was killed.
+
+        Where ``CURRENT`` has gone back somebody may have undone that; but not if it had gone back before, and
+        stands where the last decision left it.
+        """
         pointer = read_pointer(self._releases, CURRENT)
         if pointer is None:
             return True
-        return not pointer.rollback and parse_name(pointer.name)[:2] < parse_name(candidate)[:2]
+        has_gone_back = pointer.rollback and pointer != self._left
+        return not has_gone_back and parse_name(pointer.name)[:2] < parse_name(candidate)[:2]
 
 
 def _scored(release: Release, task: Task, rows: EvidenceRows) -> NDArray[np.float32]:

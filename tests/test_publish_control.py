@@ -301,6 +301,22 @@ def test_a_kill_at_any_moment_of_a_decision_ends_where_it_would_have(
     assert list_releases(line.releases) == list_releases(undisturbed.releases)
 
 
+def test_the_first_release_after_a_return_is_published_by_the_worker_that_takes_over(
+    short_line: PublishLine,
+) -> None:
+    arrays, plain = broken_weight(short_line)
+    refused = short_line.control.decide(arrays, {**plain, "step": plain["step"] + 1}, 1)
+    short_line.control.conclude(refused, plain)
+    assert read_pointer(short_line.releases, "CURRENT") == Pointer(FIRST, rollback=True)
+    short_line.loop.step_number += 2
+    state, cut = short_line.control.state(), loop_state(short_line.loop)
+    # Killed before anything was published; the release is written, or not.
+    short_line.control.decide(*cut, 1)
+    found = finish(short_line, state, cut)
+    assert found.verdict == "published"
+    assert read_pointer(short_line.releases, "CURRENT") == Pointer(found.candidate)
+
+
 def test_what_somebody_rolled_back_while_the_worker_was_away_stays(short_line: PublishLine) -> None:
     state, cut = short_line.control.state(), loop_state(short_line.loop)
     point(short_line.releases, "CURRENT", FIRST, rollback=True)
