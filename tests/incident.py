@@ -53,21 +53,24 @@ class Incident:
     loop_digest: str
 
     def worker(self, folder: Path, **options: Any) -> Worker:
-        releases = folder / "releases"
-        if not releases.exists():
-            self.small_run.first_releases(releases)
+        if not (folder / "releases").exists():
+            self.small_run.first_releases(folder / "releases")
         config = self.config.model_copy(update={"breaker": options.pop("breaker", BREAKER)})
-        settings = {"until_end": True, "clock": TickingClock(), **options}
-        worker = Worker(settings.pop("config", config), releases, folder / "state", **settings)
-        # So that the ticks alone say when commits are made, however busy the machine is.
-        thread, start = worker._thread, worker._thread.start
+        return ticking_worker(folder, options.pop("config", config), **options)
 
-        def start_and_wait(work: Callable[[], None]) -> None:
-            start(work)
-            wait([thread._work] if thread._work is not None else [])
 
-        thread.start = start_and_wait  # type: ignore[method-assign]
-        return worker
+def ticking_worker(folder: Path, config: Config, **options: Any) -> Worker:
+    """A worker to the end of the topics; ticks alone say when it commits, however busy the machine is."""
+    settings = {"until_end": True, "clock": TickingClock(), **options}
+    worker = Worker(config, folder / "releases", folder / "state", **settings)
+    thread, start = worker._thread, worker._thread.start
+
+    def start_and_wait(work: Callable[[], None]) -> None:
+        start(work)
+        wait([thread._work] if thread._work is not None else [])
+
+    thread.start = start_and_wait  # type: ignore[method-assign]
+    return worker
 
 
 def silent_log(small_run: SmallRun, folder: Path, silent: tuple[int, int]) -> EventFiles:

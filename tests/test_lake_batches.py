@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import signal
 import subprocess
@@ -13,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow.parquet as pq
 import pytest
@@ -285,28 +284,42 @@ def wait_until(is_so: Callable[[], Any], timeout_s: float = 120.0) -> None:
         time.sleep(0.005)
 
 
-def run_and_kill(lake: Path, when: str, *arguments: str) -> None:
-    """Ingest by the command line in a process of its own; SIGKILL it and its Spark when a file is there."""
-    command = [sys.executable, "-m", "jobs.cli", "samples", "ingest", "--lake", str(lake), *arguments]
-    with (lake.parent / "log.txt").open("ab") as output:
-        process = subprocess.Popen(
-            [*command, "--master", "local[1]"], stdout=output, stderr=output, start_new_session=True
-        )
-        try:
-            wait_until(lambda: any(lake.glob(when)) or process.poll() is not None)
-            assert process.poll() is None, (lake.parent / "log.txt").read_text()
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+KILLED_INGEST = """
+import os, signal, sys
+from jobs.cli import cli
+from pipelines.storage import LocalFolder
+
+create, moment = LocalFolder.create, sys.argv.pop(1)
+
+def killed(folder, name, content):
+    if name != "_MANIFEST.json":
+        return create(folder, name, content)
+    if moment == "written":
+        create(folder, name, content)
+    os.killpg(0, signal.SIGKILL)
+
+LocalFolder.create = killed
+cli(sys.argv[1:])
+"""
 
 
-ROWS = "events/batch=*/attempt=*/kind=*/**/*.parquet"
+def ingest_and_kill(moment: Literal["not written", "written"], lake: Path, *arguments: str) -> None:
+    """Ingest in a process of its own; SIGKILL it and its Spark when a batch is committed, or just before."""
+    command = ["samples", "ingest", "--lake", str(lake), "--master", "local[1]", *arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_INGEST, moment, *command],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        check=False,
+        start_new_session=True,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
 
 
 def test_run_over_files_that_is_killed_leaves_nothing_to_see(spark: SparkSession, tmp_path: Path) -> None:
     log, lake = write_log(tmp_path / "log"), tmp_path / "lake"
     pq.write_table(impressions(9, 391), log / "impressions-2.parquet")  # a hundred hours
-    run_and_kill(lake, ROWS, "--events", str(log))
+    ingest_and_kill("not written", lake, "--events", str(log))
     assert len(attempts(lake)) == 1
     assert lake_batches(lake) == []
     assert ingest(spark, lake, Config(), events=log).rows["impression"] == 400
@@ -321,9 +334,9 @@ def test_stream_that_is_killed_takes_up_where_it_ended(
     send(broker, config.kafka.topics.impressions, [*encode_json(IMPRESSION, impressions(0, 400))])
     options = [f"--set=kafka.topics.{name}='{topic}'" for name, topic in config.kafka.topics]
     where = ["--bootstrap-servers", broker.bootstrap_servers, *options]
-    run_and_kill(lake, ROWS, *where)
+    ingest_and_kill("not written", lake, *where)
     assert lake_batches(lake) == []
-    run_and_kill(lake, "events/batch=*/_MANIFEST.json", *where)
+    ingest_and_kill("written", lake, *where)
     assert [batch.rows["impression"] for batch in lake_batches(lake)] == [400]
     send(broker, config.kafka.topics.impressions, [*encode_json(IMPRESSION, impressions(400, 2))])
     assert ingest(spark, lake, config).rows["impression"] == 2

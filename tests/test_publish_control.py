@@ -301,8 +301,9 @@ def test_a_kill_at_any_moment_of_a_decision_ends_where_it_would_have(
     assert list_releases(line.releases) == list_releases(undisturbed.releases)
 
 
+@pytest.mark.parametrize("is_written", [False, True])
 def test_the_first_release_after_a_return_is_published_by_the_worker_that_takes_over(
-    short_line: PublishLine,
+    short_line: PublishLine, monkeypatch: pytest.MonkeyPatch, is_written: bool
 ) -> None:
     arrays, plain = broken_weight(short_line)
     refused = short_line.control.decide(arrays, {**plain, "step": plain["step"] + 1}, 1)
@@ -310,8 +311,13 @@ def test_the_first_release_after_a_return_is_published_by_the_worker_that_takes_
     assert read_pointer(short_line.releases, "CURRENT") == Pointer(FIRST, rollback=True)
     short_line.loop.step_number += 2
     state, cut = short_line.control.state(), loop_state(short_line.loop)
-    # Killed before anything was published; the release is written, or not.
+    # Killed before CURRENT was moved.
     short_line.control.decide(*cut, 1)
+    if is_written:
+        with monkeypatch.context() as patch:
+            patch.setattr("jobs.publishing.point", lambda *given, **named: False)
+            learned = Learned.at_cut(short_line.loop, *cut)
+            publish_student(short_line.releases, learned, short_line.first, epoch=1, parent=FIRST, extra={})
     found = finish(short_line, state, cut)
     assert found.verdict == "published"
     assert read_pointer(short_line.releases, "CURRENT") == Pointer(found.candidate)

@@ -35,6 +35,7 @@ from pipelines.config import Config, dump_config
 from pipelines.errors import StaleStateError
 from pipelines.kafka_client import make_admin, make_consumer
 from tests.small_run import SmallRun
+from tests.torture_worker import stay_close
 from tests.workers import (
     Killed,
     Plant,
@@ -260,17 +261,10 @@ def run_worker(folder: Path, config: Config) -> None:
     """A worker in a process of its own, committing as often as it can."""
     use_one_thread()
     stream = config.stream.model_copy(update={"publish_every": 1})
-    worker = Worker(
+    stay_close()
+    Worker(
         config.model_copy(update={"stream": stream}), folder / "releases", folder / "state", until_end=True
-    )
-    step = worker.loop.step
-
-    def slowed(events: Any) -> Any:
-        time.sleep(0.02)  # commits go on beside: on a slow disk the log would be at its end after a few
-        return step(events)
-
-    worker.loop.step = slowed  # type: ignore[method-assign]
-    worker.run()
+    ).run()
 
 
 def test_a_process_ended_by_sigkill_ends_in_the_same_state(produced: Produced, tmp_path: Path) -> None:

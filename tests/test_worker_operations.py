@@ -23,13 +23,15 @@ from jobs.hold import HeldSegment
 from jobs.online_state import loop_state
 from jobs.produce import produce
 from jobs.release import list_releases
+from jobs.single_thread import use_one_thread
 from jobs.state_head import head_state
 from jobs.worker import Worker
 from jobs.worker_breaker import BreakerCut
 from monitoring.accounting import Accounting
+from pipelines.config import Config
 from pipelines.errors import StaleStateError
-from tests.incident import BREAKER, Incident, checked, run_cli
-from tests.test_worker import run_worker
+from tests.incident import BREAKER, Incident, checked, run_cli, ticking_worker
+from tests.torture_points import die
 from tests.workers import Killed, crash, kill_in, with_topics
 
 SEED = 20_260_112
@@ -194,25 +196,28 @@ def test_a_worker_killed_while_it_holds_and_while_it_drains_ends_in_the_same_sta
     assert len(positions) == len(set(positions)) == counted
 
 
+def hold_and_die(folder: Path, config: Config) -> None:
+    """A worker that is killed in a step that it holds, when it has committed many."""
+    use_one_thread()
+    worker = ticking_worker(folder, config)
+    take = worker.breaker.take
+
+    def last(*given: Any) -> None:
+        take(*given)
+        if sum(head_state(folder / "state")[0]["breaker"]["rows"].values()) >= 300:
+            die()
+
+    worker.breaker.take = last  # type: ignore[method-assign, assignment]
+    worker.run()
+
+
 def test_held_rows_outlive_a_sigkill(incident: Incident, tripped: Path, tmp_path: Path) -> None:
     incident.small_run.first_releases(tmp_path / "releases")
     state = tmp_path / "state"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.test_worker", "models.gbdt", "lightgbm"])
     config = incident.config.model_copy(update={"breaker": BREAKER})
-    process = context.Process(target=run_worker, args=(tmp_path, config))
+    process = multiprocessing.get_context("forkserver").Process(target=hold_and_die, args=(tmp_path, config))
     process.start()
-    store, told = CheckpointStore(state), (0, "")
-    try:
-        while process.is_alive() and told[0] < 300:
-            head = store.head()
-            if head is not None and head != told[1]:
-                breaker = head_state(state)[0]["breaker"]
-                told = (sum(breaker["rows"].values()), head)
-            time.sleep(0.002)
-    finally:
-        process.kill()
-        process.join()
+    process.join()
     assert process.exitcode == -signal.SIGKILL
     breaker = head_state(state)[0]["breaker"]
     whole = head_state(tripped / "state")[0]["breaker"]

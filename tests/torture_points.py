@@ -33,7 +33,7 @@ from jobs.worker_commit import Commits, LoopCut
 from pipelines.dead_letters import DeadLetterFile, letter_value
 from pipelines.kafka_source import KafkaSource
 
-__all__ = ["FULL_DISKS", "KILLS", "OFTEN", "ONCE", "Plant", "replace"]
+__all__ = ["FULL_DISKS", "KILLS", "OFTEN", "ONCE", "Plant", "die", "replace"]
 
 Call = Callable[..., Any]
 Plant = Callable[[int], None]

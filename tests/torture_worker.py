@@ -18,7 +18,7 @@ from pipelines.config import Config
 from pipelines.errors import CtrstreamError
 from tests.torture_points import FULL_DISKS, KILLS, replace
 
-__all__ = ["TOLD", "Fault", "run"]
+__all__ = ["TOLD", "Fault", "run", "stay_close"]
 
 # Steps learned beside a commit before the loop waits for it: a small log would be over after a few commits.
 _MOST_AHEAD = 2
