@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from concurrent.futures import wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from pipelines.config import Config
 from pipelines.config_sections import BreakerConfig
 from pipelines.event_files import EventFiles
 from tests.small_run import SmallRun
-from tests.workers import TickingClock, with_topics
+from tests.workers import ticking_worker, with_topics
 
 DOCS = Path(__file__).parent.parent / "docs"
 # 3 days of 12 000 impressions: some 170 an hour, of which a tenth are clicked.
@@ -57,20 +55,6 @@ class Incident:
             self.small_run.first_releases(folder / "releases")
         config = self.config.model_copy(update={"breaker": options.pop("breaker", BREAKER)})
         return ticking_worker(folder, options.pop("config", config), **options)
-
-
-def ticking_worker(folder: Path, config: Config, **options: Any) -> Worker:
-    """A worker to the end of the topics; ticks alone say when it commits, however busy the machine is."""
-    settings = {"until_end": True, "clock": TickingClock(), **options}
-    worker = Worker(config, folder / "releases", folder / "state", **settings)
-    thread, start = worker._thread, worker._thread.start
-
-    def start_and_wait(work: Callable[[], None]) -> None:
-        start(work)
-        wait([thread._work] if thread._work is not None else [])
-
-    thread.start = start_and_wait  # type: ignore[method-assign]
-    return worker
 
 
 def silent_log(small_run: SmallRun, folder: Path, silent: tuple[int, int]) -> EventFiles:

@@ -30,9 +30,9 @@ from jobs.worker_breaker import BreakerCut
 from monitoring.accounting import Accounting
 from pipelines.config import Config
 from pipelines.errors import StaleStateError
-from tests.incident import BREAKER, Incident, checked, run_cli, ticking_worker
+from tests.incident import BREAKER, Incident, checked, run_cli
 from tests.torture_points import die
-from tests.workers import Killed, crash, kill_in, with_topics
+from tests.workers import Killed, crash, kill_in, ticking_worker, with_topics
 
 SEED = 20_260_112
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "finished",
     "kill_in",
     "killed_at",
+    "ticking_worker",
     "with_topics",
 ]
 
@@ -74,11 +76,25 @@ class Produced:
 
     def worker(self, folder: Path, **options: Any) -> Worker:
         """A worker over ``folder``, which is made ready on the first call."""
-        releases = folder / "releases"
-        if not releases.exists():
-            self.small_run.first_releases(releases)
-        settings = {"until_end": True, "clock": TickingClock(), **options}
-        return Worker(settings.pop("config", self.config), releases, folder / "state", **settings)
+        if not (folder / "releases").exists():
+            self.small_run.first_releases(folder / "releases")
+        return ticking_worker(folder, options.pop("config", self.config), **options)
+
+
+def ticking_worker(folder: Path, config: Config, **options: Any) -> Worker:
+    """A worker to the end of the topics whose commits come at the same steps, however slow the disk is."""
+    settings = {"until_end": True, "clock": TickingClock(), **options}
+    worker = Worker(config, folder / "releases", folder / "state", **settings)
+    thread, is_free = worker._thread, worker._thread.is_free
+
+    def is_free_soon() -> bool:
+        # One step is learned beside a commit, or more while nobody looks.
+        if thread._work is not None:
+            wait([thread._work])
+        return is_free()
+
+    thread.is_free = is_free_soon  # type: ignore[method-assign]
+    return worker
 
 
 def finished(worker: Worker) -> str:
