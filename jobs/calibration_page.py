@@ -323,7 +323,7 @@ def _segments_table(one: TaskCalibration) -> TableBlock:
         tuple(rows),
         note=(
             f"The {len(rows)} segments with most evidence against the release's calibration. Called off, of "
-            f"which 5 % may be so by chance: {off['raw']} by the model's own logits, {off['before']} before, "
+            f"which 5 % may be so by chance: {off['raw']} uncalibrated, {off['before']} before, "
             f"{off['after']} after. The multiplier is what expected positives would have to be multiplied by."
         ),
     )
@@ -344,10 +344,9 @@ def _rows(found: Calibration) -> Section:
         "held_out": "held out",
     }
     rows = tuple(
-        (Cell(task), *(Cell(count(one.counts[name])) for name in titles)) for task, one in found.rows.items()
+        (Cell(title), *(Cell(count(one.counts[name])) for one in found.rows.values()))
+        for name, title in titles.items()
     )
-    table = TableBlock(
-        "", (Column("Task"), *(Column(title, is_number=True) for title in titles.values())), rows
-    )
+    table = TableBlock("", (Column("Class"), *(Column(task, is_number=True) for task in found.rows)), rows)
     lead = "Every row of the snapshot is in one of these classes; held-out rows are fitted to or judged on."
     return Section("rows", "Rows", lead, (table,))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["STAGE_NAMES", "calibration_figures_of", "reliability_rows"]
 
 STAGE_NAMES = {
-    "raw": "the model's own logits",
+    "raw": "uncalibrated",
     "before": "calibration of the release",
     "after": "new calibration",
 }
