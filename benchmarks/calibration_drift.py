@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from calibration.base import Calibrator
 from calibration.decayed import DecayedCalibrator
-from calibration.delayed import fnw_weight
+from calibration.delayed import exposure_weights, fnw_weight
 from calibration.identity import IdentityCalibrator
 from calibration.link import sigmoid
 from calibration.online import OnlineConfig, OnlinePlatt
@@ -95,6 +95,13 @@ def _walk(rng: np.random.Generator, count: int, rows: int) -> Floats:
     return walk
 
 
+def _share(age: Floats) -> Floats:
+    """Share of the clicks that have come by an age, minutes."""
+    age = np.clip(age, 0.0, _WINDOW)
+    share: Floats = np.expm1(-age / _MEAN_DELAY) / np.expm1(-_WINDOW / _MEAN_DELAY)
+    return share
+
+
 class Method:
     """A calibrator and how often it learns.
 
@@ -117,6 +124,19 @@ class Method:
         self.calibrator: Calibrator = IdentityCalibrator()
         self.every, self.learn, self.labels = every, learn, labels
 
+    def _looked(self, world: Stream, before: float, now: float) -> tuple[Floats, Floats, Floats]:
+        """Windows that were open at the last look, or have opened since, as `jobs.calibration_feed` sees them."""
+        part = slice(*np.searchsorted(world.time, [before - _WINDOW, now]).tolist())
+        opened, click, z = world.time[part], world.click_time[part], world.logit[part]
+        is_open = click > before
+        opened, click, z = opened[is_open], click[is_open], z[is_open]
+        y = (click <= now).astype(np.float64)
+        heard, share = _share(before - opened), _share(now - opened)
+        positive, negative = exposure_weights(self.calibrator.transform(z), y, heard, share)
+        total = positive + negative
+        some = total > 0.0
+        return z[some], positive[some] / total[some], total[some]
+
     def run(self, world: Stream) -> tuple[Floats, float]:
         """Logits said before anything later was known; seconds a thousand rows."""
         said = np.empty_like(world.logit)
@@ -132,6 +152,8 @@ class Method:
                 part = slice(known, matured)
                 z, y, known = world.logit[part], world.label[part], matured
                 weight = np.ones(len(z))
+            elif self.labels == "delay_model":
+                z, y, weight = self._looked(world, now - self.every, now)
             else:
                 come = int(np.searchsorted(world.click_time[clicks], now))
                 of = clicks[heard:come]
@@ -209,7 +231,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 300_000, 1_000_000], help="a day")
     parser.add_argument("--days", type=int, default=7)
-    parser.add_argument("--labels", nargs="+", default=["matured", "policy"], choices=["matured", "policy"])
+    parser.add_argument("--labels", nargs="+", default=["matured", "policy", "delay_model"], choices=["matured", "policy", "delay_model"])
     given = parser.parse_args()
     for rows in given.rows:
         for labels in given.labels:

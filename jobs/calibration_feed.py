@@ -36,6 +36,8 @@ LateShare = Callable[[Ints], Floats]
 _WHOLE_ROWS = ("wait", "relabel")
 # Share of the outcomes of the first windows that must have come before rows of a policy are heard.
 _SETTLED = 0.99
+# Under `delay_model` a window is looked at so often while it is open, and at least once an hour.
+_LOOKS = 4
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,9 @@ class CalibrationFeed:
         if origin.mode == "policy" and origin.policy not in _WHOLE_ROWS:
             quantile = self.curve.quantile(_SETTLED)
             self.hears_from += int(min(quantile, patience)) if quantile > 0 else patience
-        # Up to when open windows have been looked at (delay_model).
+        # Up to when open windows have been looked at (delay_model), and how often they are.
         self.looked_at = clock
+        self._look_every = max(1, min(HOUR_MS, origin.window // _LOOKS))
 
     @property
     def is_rescored(self) -> bool:
@@ -128,7 +131,7 @@ class CalibrationFeed:
             self._hear(chain, joiner, _Heard(closed.slot, closed.label, 1.0 - closed.label))
             return
         self._look(chain, joiner, closed, np.ones(len(closed)))
-        if clock // HOUR_MS > self.looked_at // HOUR_MS:
+        if clock // self._look_every > self.looked_at // self._look_every:
             windows = joiner.open_windows(self.task)
             age = np.minimum(clock - windows.event_time, self.origin.window)
             self._look(chain, joiner, windows, self.curve.cdf(age))
