@@ -19,44 +19,25 @@ from jobs.release_manifest import Manifest, parse_name
 from jobs.release_pointer import Pointer, point, read_pointer
 from jobs.worker import Worker
 from pipelines.config import Config
-from pipelines.config_sections import KafkaConfig, TopicsConfig
 from tests.publish_line import with_rules
 from tests.small_run import SmallRun
+from tests.workers import Killed, ticking_worker, with_topics
 
 # Steps after the warm-up whose labels are learned the wrong way round.
 POISONED = range(24, 32)
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL."""
-
-
-class Clock:
-    """Advances at each look, so that commits come every few steps on any machine."""
-
-    def __init__(self) -> None:
-        self._ticks = itertools.count()
-
-    def __call__(self) -> float:
-        return 1_800_000_000 + next(self._ticks) * 0.3
-
-
 @pytest.fixture(scope="module")
 def config(small_run: SmallRun, broker: Broker) -> Config:
-    names = {name: f"gate-{name}" for name in ("impressions", "clicks", "conversions", "dead_letters")}
-    kafka = KafkaConfig(
-        bootstrap_servers=broker.bootstrap_servers, topics=TopicsConfig(**names), partitions=2
-    )
-    config = with_rules(small_run.config).model_copy(update={"kafka": kafka})
+    config = with_topics(with_rules(small_run.config), broker.bootstrap_servers, "gate")
     produce(small_run.files, config)
     return config
 
 
 def worker_on(small_run: SmallRun, config: Config, folder: Path) -> Worker:
-    releases = folder / "releases"
-    if not releases.exists():
-        small_run.first_releases(releases)
-    return Worker(config, releases, folder / "state", until_end=True, clock=Clock())
+    if not (folder / "releases").exists():
+        small_run.first_releases(folder / "releases")
+    return ticking_worker(folder, config)
 
 
 def poison(worker: Worker, small_run: SmallRun) -> None:
