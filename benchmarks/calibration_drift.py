@@ -8,7 +8,9 @@ A stream of impressions whose true click probabilities are known. The model's lo
 change; the truth swings by a quarter in log odds each day, walks at random, and jumps once by 0.4. Labels are
 late: a click comes after ten minutes on average and counts for 30. ``matured`` learns each row when its
 window has closed, with the logit it had; ``policy`` learns each impression at once as a negative and each
-click when it comes, with fake-negative weights (:func:`calibration.delayed.fnw_weight`).
+click when it comes, with fake-negative weights (:func:`calibration.delayed.fnw_weight`); ``delay_model``,
+what the system takes by itself where delays are even, looks at a window four times while it is open, knowing
+the curve of delays (:func:`calibration.delayed.exposure_weights`).
 
 Printed is the share of the gap between the raw logits (0) and the truth (1) in expected log loss that is
 closed, mean, standard deviation and least over the seeds; without the first day, at whose end ``static`` and
@@ -44,6 +46,9 @@ Floats = NDArray[np.float64]
 _MINUTES = 24 * 60
 _WINDOW, _MEAN_DELAY = 30.0, 10.0
 _CENTRE, _SPREAD = -3.5, 1.2
+_LABELS = ("matured", "policy", "delay_model")
+# Times a window is looked at while it is open (delay_model).
+_LOOKS = 4
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Stream:
         logit: Floats = _CENTRE + self.level[then] + self.slope[then] * (self.logit - _CENTRE)
         return logit
 
-    def starts(self, minutes: int) -> NDArray[np.intp]:
+    def starts(self, minutes: float) -> NDArray[np.intp]:
         """First row of every so many minutes, and the number of rows."""
         marks = np.arange(0.0, self.time[-1] + minutes, minutes)
         return np.append(np.searchsorted(self.time, marks), len(self.time))
@@ -107,17 +112,17 @@ class Method:
 
     Parameters
     ----------
-    every : int, minutes
+    every : float, minutes
     learn : callable
         Takes the calibrator and what has become known since the last time (logit, label, weight); gives the
         calibrator that is used from now on.
     labels : str
-        ``matured`` or ``policy``.
+        One of ``matured``, ``policy``, ``delay_model``.
     """
 
     def __init__(
         self,
-        every: int,
+        every: float,
         learn: Callable[[Calibrator, Floats, Floats, Floats], Calibrator],
         labels: str,
     ) -> None:
@@ -125,7 +130,7 @@ class Method:
         self.every, self.learn, self.labels = every, learn, labels
 
     def _looked(self, world: Stream, before: float, now: float) -> tuple[Floats, Floats, Floats]:
-        """Windows that were open at the last look, or have opened since, as `jobs.calibration_feed` sees them."""
+        """What windows have shown since the last look, as in `jobs.calibration_feed`: logit, label, weight."""
         part = slice(*np.searchsorted(world.time, [before - _WINDOW, now]).tolist())
         opened, click, z = world.time[part], world.click_time[part], world.logit[part]
         is_open = click > before
@@ -191,6 +196,7 @@ def methods(labels: str) -> dict[str, Method]:
 
         return learn
 
+    often = _WINDOW / _LOOKS if labels == "delay_model" else 1
     return {
         "static Platt": Method(_MINUTES, once, "matured"),
         "daily refit": Method(_MINUTES, refit, "matured"),
@@ -198,8 +204,8 @@ def methods(labels: str) -> dict[str, Method]:
             f"decayed sketch, {half_life:,.0f} rows": Method(10, decayed(half_life), labels)
             for half_life in (3_000.0, 10_000.0, 30_000.0)
         },
-        "kalman, one speed": Method(1, kalman(OnlineConfig(noise_factors=(1.0,))), labels),
-        "kalman (default)": Method(1, kalman(OnlineConfig()), labels),
+        "kalman, one speed": Method(often, kalman(OnlineConfig(noise_factors=(1.0,))), labels),
+        "kalman (default)": Method(often, kalman(OnlineConfig()), labels),
     }
 
 
@@ -231,7 +237,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 300_000, 1_000_000], help="a day")
     parser.add_argument("--days", type=int, default=7)
-    parser.add_argument("--labels", nargs="+", default=["matured", "policy", "delay_model"], choices=["matured", "policy", "delay_model"])
+    parser.add_argument("--labels", nargs="+", default=_LABELS, choices=_LABELS)
     given = parser.parse_args()
     for rows in given.rows:
         for labels in given.labels:
