@@ -130,7 +130,7 @@ class Method:
         self.every, self.learn, self.labels = every, learn, labels
 
     def _looked(self, world: Stream, before: float, now: float) -> tuple[Floats, Floats, Floats]:
-        """What windows have shown since the last look, as in `jobs.calibration_feed`: logit, label, weight."""
+        """Logit, label and weight of what windows have shown since the last look."""
         part = slice(*np.searchsorted(world.time, [before - _WINDOW, now]).tolist())
         opened, click, z = world.time[part], world.click_time[part], world.logit[part]
         is_open = click > before
