@@ -224,12 +224,13 @@ def compare_spark(rows: int, repeats: int) -> None:
                 theirs.append(time.perf_counter() - began)
         finally:
             stop_spark(session)
-    # The first round pays for starting the session and for compiling, in both.
-    ours, other = float(np.median(sketched[1:])), float(np.median(theirs[1:]))
-    print(
-        f"\nSpark, {rows:,} rows: sketch by SQL and isotonic {ours:.2f} s, spark.ml {other:.2f} s: ", end=""
-    )
-    print(f"{other / ours:.1f} times as long (goal: at least 20)")
+    print(f"\nSpark, {rows:,} rows: sketch by SQL and isotonic, spark.ml; goal: at least 20 times as long\n")
+    # A scheduled job pays for the first round, compiling included; a session that stays pays for the others.
+    for name, mine, other in (
+        ("first in a session", sketched[0], theirs[0]),
+        ("later, median", float(np.median(sketched[1:])), float(np.median(theirs[1:]))),
+    ):
+        print(f"{name}: {mine:.2f} s, spark.ml {other:.2f} s: {other / mine:.1f} times as long")
 
 
 def main() -> None:
