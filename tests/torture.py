@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 _FIRST = Fault("head moved", 1)
+_SLOW = Fault("slow steps", 60)
 # Wall time between two commits, ms: after each step, after a few, after many.
 _PUBLISH_EVERY = (1, 1, 20, 80)
 # A place that the rest of the log does not reach is tried again in a new life, with all commits there can be.
@@ -153,8 +154,8 @@ def torture(log: Log, folder: Path, rng: np.random.Generator, planned: Sequence[
 def without_its_broker(log: Log, folder: Path, rng: np.random.Generator, broker: Broker) -> Tortured:
     """Kill the broker under a worker and start it again."""
     found, life = Tortured(), Life(log.small_run, settings(log.config, 1), folder)
-    process = life.start()
-    has_begun = life.wait_for_commits(1, process)
+    process = life.start(_SLOW)
+    has_begun = life.wait_for_commit(1, process)
     time.sleep(float(rng.uniform(0, 0.3)))
     is_alive = process.is_alive()
     broker.kill()
@@ -193,11 +194,11 @@ def with_a_corrupt_checkpoint(log: Log, folder: Path, files: Sequence[str]) -> T
 def beside_each_other(log: Log, folder: Path, workers: int) -> Tortured:
     """Start a worker beside the one that runs, and so on: each fences the one before it."""
     found, life = Tortured(), Life(log.small_run, settings(log.config, 1), folder)
-    running = [life.start()]
-    for _ in range(workers - 1):
-        if not life.wait_for_commits(2, running[-1]):
+    running = [life.start(_SLOW)]
+    for number in range(1, workers):
+        if not life.wait_for_commit(number, running[-1]):
             found.wrong.append(f"a worker ended too soon: {life.said()[-600:]}")
-        running.append(life.start())
+        running.append(life.start(_SLOW))
     codes = [life.end(process) for process in running]
     found.met["another worker started"] += workers - 1
     if codes != [TOLD] * (workers - 1) + [0]:

@@ -128,13 +128,15 @@ class Life:
         head = self.store.head()
         return None if head is None else self.store.manifest(head)
 
-    def wait_for_commits(self, commits: int, process: ForkServerProcess) -> bool:
-        """Until the head has moved so often; False if the worker ended before."""
-        seen, deadline = {self.store.head()}, time.monotonic() + _TIMEOUT_S
-        while len(seen) <= commits and process.is_alive() and time.monotonic() < deadline:
-            seen.add(self.store.head())
+    def wait_for_commit(self, worker: int, process: ForkServerProcess) -> bool:
+        """Until the worker that took the lease as the first, second, ... has committed; False if it ended."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while process.is_alive() and time.monotonic() < deadline:
+            head = self.store.head()
+            if head is not None and int(head.rsplit("-", 1)[1]) >= worker:
+                return True
             time.sleep(_POLL_S)
-        return len(seen) > commits
+        return False
 
     def corrupt(self, file: str) -> None:
         """Change one bit of a file of the newest checkpoint."""

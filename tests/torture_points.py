@@ -13,6 +13,7 @@ import shutil
 import signal
 import sqlite3
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,7 +34,7 @@ from jobs.worker_commit import Commits, LoopCut
 from pipelines.dead_letters import DeadLetterFile, letter_value
 from pipelines.kafka_source import KafkaSource
 
-__all__ = ["FULL_DISKS", "KILLS", "OFTEN", "ONCE", "Plant", "die", "replace"]
+__all__ = ["FULL_DISKS", "KILLS", "OFTEN", "ONCE", "SLOW", "Plant", "die", "replace"]
 
 Call = Callable[..., Any]
 Plant = Callable[[int], None]
@@ -134,6 +135,17 @@ def beside_a_commit(call: int) -> None:
 
     replace(Commits, "commit", flying)
     at(OnlineLoop, "_calibrate", "before", lambda *given, **named: in_flight.is_set())(call)
+
+
+def slow_steps(ms: int) -> None:
+    """Each step takes longer, so that a worker is still there when something happens to it from outside."""
+    step = OnlineLoop.step
+
+    def slowed(loop: OnlineLoop, events: Any) -> Any:
+        time.sleep(ms / 1000)
+        return step(loop, events)
+
+    replace(OnlineLoop, "step", slowed)
 
 
 def no_room_for_the_head() -> NoReturn:
@@ -288,6 +300,7 @@ FULL_DISKS: dict[str, Plant] = {
     "disk full at the head": full(CheckpointStore, "_move_head", answer=no_room_for_the_head),
     "disk full in the outbox": full(os, "write", half_record, meant=is_record),
 }
+SLOW: dict[str, Plant] = {"slow steps": slow_steps}
 # Places that a process comes to once, and those that each commit comes to many times.
 ONCE = (
     "lease taken",

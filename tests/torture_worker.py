@@ -16,7 +16,7 @@ from jobs.tracking_outbox import TrackingOutbox
 from jobs.worker import Worker
 from pipelines.config import Config
 from pipelines.errors import CtrstreamError
-from tests.torture_points import FULL_DISKS, KILLS, replace
+from tests.torture_points import FULL_DISKS, KILLS, SLOW, replace
 
 __all__ = ["TOLD", "Fault", "run", "stay_close"]
 
@@ -33,9 +33,9 @@ class Fault:
     Attributes
     ----------
     where : str
-        A name of `KILLS` or `FULL_DISKS`, or a random instant.
+        A name of `KILLS`, `FULL_DISKS` or `SLOW`, or a random instant.
     call : int
-        How often that place is passed before; of a random instant, ms.
+        How often that place is passed before; of a random instant and of slow steps, ms.
     """
 
     where: str
@@ -65,7 +65,7 @@ def run(folder: Path, config: Config, fault: Fault | None, sends: bool) -> None:
         replace(TrackingOutbox, "close", lambda outbox: close(outbox, 0.0))
     if fault is not None:
         logging.getLogger(__name__).warning("process %d: %s", os.getpid(), fault)
-        (KILLS | FULL_DISKS)[fault.where](fault.call)
+        (KILLS | FULL_DISKS | SLOW)[fault.where](fault.call)
     try:
         Worker(config, folder / "releases", folder / "state", until_end=True).run()
     except CtrstreamError as error:
