@@ -38,6 +38,7 @@ from calibration.identity import IdentityCalibrator
 from calibration.link import sigmoid
 from calibration.online import OnlineConfig, OnlinePlatt
 from calibration.platt import PlattCalibrator
+from jobs.calibration_feed import LOOKS
 
 __all__ = ["main"]
 
@@ -47,8 +48,6 @@ _MINUTES = 24 * 60
 _WINDOW, _MEAN_DELAY = 30.0, 10.0
 _CENTRE, _SPREAD = -3.5, 1.2
 _LABELS = ("matured", "policy", "delay_model")
-# Times a window is looked at while it is open (delay_model).
-_LOOKS = 4
 
 
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def methods(labels: str) -> dict[str, Method]:
 
         return learn
 
-    often = _WINDOW / _LOOKS if labels == "delay_model" else 1
+    often = _WINDOW / LOOKS if labels == "delay_model" else 1
     return {
         "static Platt": Method(_MINUTES, once, "matured"),
         "daily refit": Method(_MINUTES, refit, "matured"),

@@ -26,7 +26,7 @@ from pipelines.joiner import Joiner
 from pipelines.label_news import FIRST
 from pipelines.label_windows import AT_ONCE
 
-__all__ = ["CalibrationFeed"]
+__all__ = ["LOOKS", "CalibrationFeed"]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -37,7 +37,7 @@ _WHOLE_ROWS = ("wait", "relabel")
 # Share of the outcomes of the first windows that must have come before rows of a policy are heard.
 _SETTLED = 0.99
 # Under `delay_model` a window is looked at so often while it is open, and at least once an hour.
-_LOOKS = 4
+LOOKS = 4
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class CalibrationFeed:
             self.hears_from += int(min(quantile, patience)) if quantile > 0 else patience
         # Up to when open windows have been looked at (delay_model), and how often they are.
         self.looked_at = clock
-        self._look_every = max(1, min(HOUR_MS, origin.window // _LOOKS))
+        self._look_every = max(1, min(HOUR_MS, origin.window // LOOKS))
 
     @property
     def is_rescored(self) -> bool:

@@ -24,7 +24,7 @@ from pipelines.config import Config
 from pipelines.config_sections import BreakerConfig
 from pipelines.event_files import EventFiles
 from tests.small_run import SmallRun
-from tests.workers import ticking_worker, with_topics
+from tests.workers import ready_worker, with_topics
 
 DOCS = Path(__file__).parent.parent / "docs"
 # 3 days of 12 000 impressions: some 170 an hour, of which a tenth are clicked.
@@ -51,10 +51,8 @@ class Incident:
     loop_digest: str
 
     def worker(self, folder: Path, **options: Any) -> Worker:
-        if not (folder / "releases").exists():
-            self.small_run.first_releases(folder / "releases")
         config = self.config.model_copy(update={"breaker": options.pop("breaker", BREAKER)})
-        return ticking_worker(folder, options.pop("config", config), **options)
+        return ready_worker(self.small_run, folder, options.pop("config", config), **options)
 
 
 def silent_log(small_run: SmallRun, folder: Path, silent: tuple[int, int]) -> EventFiles:

@@ -21,7 +21,7 @@ from jobs.worker import Worker
 from pipelines.config import Config
 from tests.publish_line import with_rules
 from tests.small_run import SmallRun
-from tests.workers import Killed, ticking_worker, with_topics
+from tests.workers import Killed, ready_worker, with_topics
 
 # Steps after the warm-up whose labels are learned the wrong way round.
 POISONED = range(24, 32)
@@ -32,12 +32,6 @@ def config(small_run: SmallRun, broker: Broker) -> Config:
     config = with_topics(with_rules(small_run.config), broker.bootstrap_servers, "gate")
     produce(small_run.files, config)
     return config
-
-
-def worker_on(small_run: SmallRun, config: Config, folder: Path) -> Worker:
-    if not (folder / "releases").exists():
-        small_run.first_releases(folder / "releases")
-    return ticking_worker(folder, config)
 
 
 def poison(worker: Worker, small_run: SmallRun) -> None:
@@ -59,7 +53,7 @@ def poisoned(
     small_run: SmallRun, config: Config, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("poisoned")
-    worker = worker_on(small_run, config, folder)
+    worker = ready_worker(small_run, folder, config)
     poison(worker, small_run)
     worker.run()
     assert worker.digest is not None
@@ -103,7 +97,7 @@ def test_the_gate_does_not_change_what_is_learned(
     poisoned: tuple[Path, str], small_run: SmallRun, config: Config, tmp_path: Path
 ) -> None:
     without = config.model_copy(update={"publish": config.publish.model_copy(update={"gate": False})})
-    worker = worker_on(small_run, without, tmp_path)
+    worker = ready_worker(small_run, tmp_path, without)
     poison(worker, small_run)
     worker.run()
     assert worker.digest == poisoned[1]
@@ -120,7 +114,7 @@ def test_killed_where_a_pointer_moves_it_ends_in_the_same_state_with_pointers_th
     alias: str,
     is_before: bool,
 ) -> None:
-    worker = worker_on(small_run, config, tmp_path)
+    worker = ready_worker(small_run, tmp_path, config)
     poison(worker, small_run)
     moves = itertools.count()
     # The first time that last_good is set is no proof: the folder had none.
@@ -145,7 +139,7 @@ def test_killed_where_a_pointer_moves_it_ends_in_the_same_state_with_pointers_th
     worker.source.close()
 
     releases = tmp_path / "releases"
-    again = worker_on(small_run, config, tmp_path)
+    again = ready_worker(small_run, tmp_path, config)
     if alias == "CURRENT":
         # Before it consumes anything it has gone back.
         assert read_pointer(releases, "CURRENT") == Pointer(

@@ -28,6 +28,7 @@ __all__ = [
     "finished",
     "kill_in",
     "killed_at",
+    "ready_worker",
     "ticking_worker",
     "with_topics",
 ]
@@ -76,9 +77,14 @@ class Produced:
 
     def worker(self, folder: Path, **options: Any) -> Worker:
         """A worker over ``folder``, which is made ready on the first call."""
-        if not (folder / "releases").exists():
-            self.small_run.first_releases(folder / "releases")
-        return ticking_worker(folder, options.pop("config", self.config), **options)
+        return ready_worker(self.small_run, folder, options.pop("config", self.config), **options)
+
+
+def ready_worker(small_run: SmallRun, folder: Path, config: Config, **options: Any) -> Worker:
+    """A `ticking_worker` over ``folder``, which gets its first releases on the first call."""
+    if not (folder / "releases").exists():
+        small_run.first_releases(folder / "releases")
+    return ticking_worker(folder, config, **options)
 
 
 def ticking_worker(folder: Path, config: Config, **options: Any) -> Worker:
